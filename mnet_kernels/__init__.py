@@ -1,0 +1,45 @@
+"""mnet-kernels: MobileNet blocks that train fused (see README.md).
+
+    from mnet_kernels import FusedMobileNetV2
+    model = FusedMobileNetV2()          # where you wrote torchvision's mobilenet_v2()
+
+``mnet_kernels.functional`` has the ops, ``mnet_kernels.nn`` the modules, ``accelerate(model)`` swaps the blocks of a
+torchvision model in place, ``backend(...)`` chooses what runs, ``build_info()`` tells what can.
+"""
+
+from . import stages
+from ._version import __version__
+from .backends import compiled
+
+# The ops must be defined before the extension registers its kernels, and both before the tables are bound.
+stages.setup()
+compiled.load()
+stages.bind()
+
+from . import functional, models, nn  # noqa: E402
+from .accelerate import AccelerateReport, accelerate, restore  # noqa: E402
+from .backends import BackendUnavailableError  # noqa: E402
+from .choice import backend, default_fused  # noqa: E402
+from .info import build_info  # noqa: E402
+from .models import FusedMobileNetV2, fused_mobilenet_v2  # noqa: E402
+from .params import BatchNormParams, SqueezeExciteParams  # noqa: E402
+from .stages import count_stages  # noqa: E402
+
+__all__ = [
+    "AccelerateReport",
+    "BackendUnavailableError",
+    "BatchNormParams",
+    "FusedMobileNetV2",
+    "SqueezeExciteParams",
+    "__version__",
+    "accelerate",
+    "backend",
+    "build_info",
+    "count_stages",
+    "default_fused",
+    "functional",
+    "fused_mobilenet_v2",
+    "models",
+    "nn",
+    "restore",
+]

@@ -1,0 +1,111 @@
+"""Forward and backward of the fused blocks as compositions of stages: written once, for every fused backend.
+
+One autograd.Function, over plain (non-differentiable) stage ops.  An op with ``register_autograd`` around the block
+would do the same at a higher host cost per call (bench/host_cost.py measures both), and needs a fixed number of saved
+tensors; this way eager and torch.compile see the same stage ops, and Inductor plans their memory.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+from ..stages import stage
+from . import algebraic, chain
+from .batch_norm import PER_LAYER
+
+__all__ = ["Block", "FusedBlock", "Layer", "autocast_off"]
+
+_MODES = {"chain": chain, "algebraic": algebraic}
+
+
+class Layer(NamedTuple):
+    """One convolution with its batch norm and activation; ``act`` indexes schema.ACTIVATIONS."""
+
+    kind: str
+    stride: int
+    act: int
+    eps: float
+    batch_stats: bool
+
+
+class Block(NamedTuple):
+    """The static description of a block."""
+
+    backend: str
+    mode: str
+    layers: tuple[Layer, ...]
+    residual: bool
+    excite: bool
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *grads):
+        return tuple(g.detach() for g in grads)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "mnet_kernels: the fused blocks have no second derivative. For double backward (create_graph=True) run the "
+            "model on native torch ops: MNET_BACKEND=native or `with mnet_kernels.backend('native')`."
+        )
+
+
+def _refuse_second_derivative(grads):
+    there = [g for g in grads if g is not None]
+    # requires_grad whatever the upstream gradient says: a silent zero second derivative would be a wrong answer
+    marked = iter(_NoDoubleBackward.apply(*(g.detach().requires_grad_() for g in there)))
+    return tuple(None if g is None else next(marked) for g in grads)
+
+
+def autocast_off(device_type):
+    """Autocast off for one device type, entered only where it is on (entering costs several microseconds)."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class FusedBlock(torch.autograd.Function):
+    """``apply(block, x, *tensors) -> (out, mean_1, var_1, ...)``.
+
+    ``tensors``: PER_LAYER a layer, then squeeze-excite's four if ``block.excite``.  x: [N, C, H, W] in channels_last
+    memory and the storage dtype; weights in any dtype (rounded to the storage dtype here, their gradients come back
+    in their own).  mean and (unbiased) variance of every layer with batch statistics are for the running statistics and
+    carry no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, block, x, *tensors):
+        layers = [tensors[i * PER_LAYER : (i + 1) * PER_LAYER] for i in range(len(block.layers))]
+        excite = tensors[len(layers) * PER_LAYER :]
+        weights = [t[0].to(x.dtype) for t in layers]
+        out, saved, stats = _MODES[block.mode].forward(stage(block.backend), block, x, layers, weights, excite)
+        ctx.block = block
+        ctx.saved_count = len(saved)
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.save_for_backward(x, *saved, *weights, *excite)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*stats)
+        return (out, *stats)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        nothing = (None,) * (2 + len(ctx.dtypes))
+        if grad is None:
+            return nothing
+        block, count = ctx.block, len(ctx.block.layers)
+        x, *rest = ctx.saved_tensors
+        saved, rest = rest[: ctx.saved_count], rest[ctx.saved_count :]
+        weights, excite = rest[:count], rest[count:]
+        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        needs = ctx.needs_input_grad[1:]
+        with autocast_off(x.device.type):
+            dx, grads = _MODES[block.mode].backward(
+                stage(block.backend), block, grad, x, saved, weights, excite, needs[0], needs[1:]
+            )
+        grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+        result = (None, dx, *grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _refuse_second_derivative(result)
+        return result

@@ -1,0 +1,71 @@
+"""Chain mode: every raw convolution output is written once, normalised as it is read, its moments taken as it is
+written; backward alike (docs/mathematics.md, "Chain")."""
+
+from ..schema import IDENTITY
+from . import excite as se
+from .batch_norm import PER_LAYER, backward_coefficients, coefficients
+
+
+def forward(stage, block, x, layers, weights, excite):
+    """Returns (out, saved tensors, [mean, unbiased variance] of every layer with batch statistics)."""
+    y, bn, act, gate, gates, maps, bns, stats = x, None, IDENTITY, None, [], [], [], []
+    for i, (layer, weight) in enumerate(zip(block.layers, weights, strict=True)):
+        if block.excite and i == len(weights) - 1:
+            squeezed = stage.squeeze(y, bn, act)
+            gates = [squeezed, *se.gate(squeezed[0], excite)]
+            gate = gates[1]
+        if layer.kind == "pointwise":
+            y, moments = stage.pointwise(y, weight, bn, act, gate, layer.batch_stats)
+        else:
+            y, moments = stage.depthwise(y, weight, bn, act, layer.stride, layer.batch_stats)
+        bn, act = coefficients(stage, layer, layers[i], moments, y), layer.act
+        maps.append(y)
+        bns.append(bn)
+        if layer.batch_stats:
+            stats += [bn[2], bn[4]]
+    out = stage.normalize(y, bn, act, x if block.residual else None)
+    return out, [*maps, *bns, *gates], stats
+
+
+def backward(stage, block, grad, x, saved, weights, excite, needs_x, needs):
+    """Returns (dx or None, gradients in the order of the tensors given to ``FusedBlock.apply``)."""
+    count = len(block.layers)
+    maps, bns, gates = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    grads = [None] * (count * PER_LAYER + len(excite))
+    residual = grad if block.residual else None
+    # the last layer's activation is still to be masked; further down the stages hand on masked gradients
+    y_act, gate, offset = block.layers[-1].act, None, None
+    sums = stage.normalize_backward(grad, maps[-1], bns[-1], y_act)
+    dx = None
+    for i in reversed(range(count)):
+        layer, at = block.layers[i], i * PER_LAYER
+        coef = backward_coefficients(stage, layer, sums, bns[i], maps[i])
+        grads[at + 1] = coef[2] if needs[at + 1] else None
+        grads[at + 2] = coef[3] if needs[at + 2] else None
+        excited = block.excite and i == count - 1
+        below = needs_x or any(needs[:at]) or (excited and any(needs[count * PER_LAYER :]))
+        if not (below or needs[at]):
+            continue
+        source, bn, act = (maps[i - 1], bns[i - 1], block.layers[i - 1].act) if i else (x, None, IDENTITY)
+        upstream = (grad, maps[i], bns[i], coef, y_act)
+        skip = residual if i == 0 else None
+        if layer.kind == "pointwise":
+            inner = gates[1] if excited else None
+            grad, sums, dw = stage.pointwise_backward(
+                *upstream, source, weights[i], bn, act, inner, skip, below, below, needs[at]
+            )
+        else:
+            grad, sums, dw = stage.depthwise_backward(
+                *upstream, gate, offset, source, weights[i], bn, act, layer.stride, skip, below, needs[at]
+            )
+        grads[at] = dw if needs[at] else None
+        y_act, gate, offset = IDENTITY, None, None
+        if not below:
+            break
+        if excited:
+            area = source.shape[2] * source.shape[3]
+            gate, y_act = gates[1], act
+            offset, sums, grads[count * PER_LAYER :] = se.backward(sums, *gates, excite, area)
+        if i == 0:
+            dx = grad
+    return dx, grads

@@ -1,0 +1,75 @@
+"""The backends by name: what each can run, where, and why not.
+
+==========  ===========================================================  =======================
+name        what runs                                                    device
+==========  ===========================================================  =======================
+native      plain torch ops with torch's own autograd                    any
+reference   the fused block's stages in plain torch (the oracle)         any
+cpu         the fused block's stages in C++                              CPU
+cuda        the fused block's stages in CUDA C++                         CUDA, capability >= 8.0
+triton      the fused block's stages in Triton                           CUDA
+==========  ===========================================================  =======================
+"""
+
+import torch
+
+from .. import schema
+from . import compiled
+
+NAMES = ("native", "reference", "cpu", "triton", "cuda")
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type a backend is bound to
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+
+# Stages of the two modes.  A backend is chosen by itself only where all of a mode's stages are its own.
+_COMMON = {
+    "finalize", "update_running_stats", "normalize", "squeeze", "normalize_backward", "finalize_backward",
+    "pointwise", "pointwise_backward",
+}  # fmt: skip
+MODE_STAGES = {
+    "chain": frozenset(_COMMON | {"depthwise", "depthwise_backward"}),
+    "algebraic": frozenset(_COMMON | {name for name in schema.NAMES if name.startswith("expand_")} | {"gram"}),
+}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why and what to do."""
+
+
+def implemented(backend):
+    """Names of the stages that a fused backend has kernels for in this installation."""
+    if backend == "reference":
+        return frozenset(schema.NAMES)
+    if backend in ("cpu", "cuda"):
+        return compiled.implemented(schema.NAMESPACES[backend])
+    return frozenset()  # triton: no stage is written yet
+
+
+def missing_stages(backend, mode):
+    """Stages of a mode that the backend lacks, in schema order (the reference runs them)."""
+    return tuple(n for n in schema.NAMES if n in MODE_STAGES[mode] and n not in implemented(backend))
+
+
+def whole(backend, mode):
+    """Whether the backend has every stage of a mode."""
+    return not missing_stages(backend, mode)
+
+
+def why_unavailable(backend, device):
+    """Why a fused backend cannot run on a device in this installation, and what to do; None if it can."""
+    needed = DEVICES.get(backend)
+    if needed is not None and device.type != needed:
+        return f"it runs on {needed} tensors, and the input is on {device}: move the model and the input to {needed}"
+    if not implemented(backend):
+        if backend == "triton":
+            return "this version of mnet-kernels has no Triton kernels yet: use 'native' or 'cuda'"
+        built = compiled.info()
+        why = built["reason"] if not built["extension"] else f"the extension was built without {backend} kernels"
+        return (
+            f"{why}. To build it: pip install --no-build-isolation --force-reinstall --no-deps . (with a C++ compiler, "
+            "and for CUDA with nvcc); mnet_kernels.build_info() tells what was built"
+        )
+    if needed == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"its kernels need compute capability 8.0 or higher and {device} has {major}.{minor}: use 'native'"
+    return None

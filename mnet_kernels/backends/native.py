@@ -1,0 +1,41 @@
+"""The fallback: the same blocks in plain torch ops with torch's own autograd, on any device and dtype."""
+
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+}
+
+
+def batch_norm(x, bn):
+    """``nn.BatchNorm2d.forward`` over a :class:`~mnet_kernels.params.BatchNormParams`."""
+    momentum = bn.momentum
+    if bn.updates and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    # torch reads momentum only where running statistics are updated
+    momentum = 0.0 if momentum is None else momentum
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.batch_stats, momentum, bn.eps)
+
+
+def squeeze_excite(x, se):
+    """torchvision's SqueezeExcitation: x * hardsigmoid(expand(relu(reduce(mean(x)))))."""
+    q = F.adaptive_avg_pool2d(x, 1)
+    q = F.relu(F.conv2d(q, se.reduce_weight, se.reduce_bias))
+    return F.hardsigmoid(F.conv2d(q, se.expand_weight, se.expand_bias)) * x
+
+
+def block(x, layers, residual, se):
+    """Run the layers one after another; ``se`` sits before the last, the input is added at the end."""
+    out = x
+    for i, layer in enumerate(layers):
+        if se is not None and i == len(layers) - 1:
+            out = squeeze_excite(out, se)
+        groups = layer.weight.shape[0] if layer.kind == "depthwise" else 1
+        out = F.conv2d(out, layer.weight, None, layer.stride, layer.weight.shape[-1] // 2, 1, groups)
+        out = ACTIVATIONS[layer.activation](batch_norm(out, layer.bn))
+    return out + x if residual else out

@@ -1,0 +1,14 @@
+"""Fused modules over the functional API; children and state_dict keys as in torchvision."""
+
+from .conv_bn_act import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct
+from .inverted_residual import FusedInvertedResidual
+from .separable import FusedSeparable
+from .squeeze_excite import SqueezeExcite
+
+__all__ = [
+    "FusedDepthwiseConvBNAct",
+    "FusedInvertedResidual",
+    "FusedPointwiseConvBNAct",
+    "FusedSeparable",
+    "SqueezeExcite",
+]

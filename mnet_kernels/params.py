@@ -1,0 +1,61 @@
+"""The parameters of a block as the functional API takes them: plain tuples, so that every layer can pass them on."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class BatchNormParams(NamedTuple):
+    """One batch norm's parameters, buffers and settings, with ``nn.BatchNorm2d``'s meaning and defaults.
+
+    ``weight``, ``bias``, ``running_mean``, ``running_var``: [C] or None.  ``training`` uses the batch's statistics and
+    updates the running ones, which needs no buffers (``track_running_stats=False``); without ``training`` the running
+    statistics are used, or the batch's where there are none.  ``momentum=None`` is a cumulative average, which needs
+    ``num_batches_tracked``.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    num_batches_tracked: torch.Tensor | None = None
+    training: bool = True
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+
+    @classmethod
+    def of(cls, module):
+        """Take everything from an ``nn.BatchNorm2d``."""
+        mean, var, batches = module.running_mean, module.running_var, module.num_batches_tracked
+        if module.training and not module.track_running_stats:
+            mean = var = batches = None
+        return cls(module.weight, module.bias, mean, var, batches, module.training, module.momentum, module.eps)
+
+    @property
+    def batch_stats(self):
+        """Whether the statistics are the batch's own."""
+        return self.training or self.running_mean is None
+
+    @property
+    def updates(self):
+        """Whether a forward changes the running statistics."""
+        return self.training and self.running_mean is not None
+
+
+class ConvBNAct(NamedTuple):
+    """A convolution without bias, its batch norm and activation."""
+
+    kind: str  # "pointwise" or "depthwise"
+    weight: torch.Tensor
+    bn: BatchNormParams
+    activation: str
+    stride: int = 1
+
+
+class SqueezeExciteParams(NamedTuple):
+    """Squeeze-excite's two 1x1 convolutions: [R, C, 1, 1], [R], [C, R, 1, 1], [C]; biases may be None."""
+
+    reduce_weight: torch.Tensor
+    reduce_bias: torch.Tensor | None
+    expand_weight: torch.Tensor
+    expand_bias: torch.Tensor | None
