@@ -1,0 +1,26 @@
+import os
+import random
+import zlib
+
+import pytest
+import torch
+
+from mnet_kernels import log
+
+# Two threads: the sums of a reduction then split as on the smallest machine the suite is meant for.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+# Fresh inputs in every run; the seed is printed, and MNET_TEST_SEED=<seed> runs the same inputs again.
+SEED = int(os.environ.setdefault("MNET_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
+
+
+def pytest_report_header(config):
+    return f"MNET_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state(request):
+    """Every test draws its own inputs, from the run's seed and its name, and hears everything that is said once."""
+    torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+    log.forget()

@@ -1,0 +1,234 @@
+"""Every public op, in every mode, against torch's own ops in float64: output, every gradient, running statistics."""
+
+import itertools
+
+import pytest
+import torch
+from blocks import CASES, Case, Inputs, assert_same, fused_modes, step
+
+import mnet_kernels as mk
+
+
+def compare(inputs):
+    want = step(inputs, "native")
+    for backend, mode in fused_modes(inputs.case):
+        with mk.count_stages() as counts:
+            got = step(inputs, backend, mode)
+        assert_same(got, want)
+        assert_path(counts, inputs.case, mode)
+    return want
+
+
+def assert_path(counts, case, mode):
+    """The stages that must have run, and no native op."""
+    assert not any(name.startswith("native::") for name in counts), counts
+    algebraic = mode == "algebraic"
+    assert counts["mnet_ref::expand_depthwise"] == algebraic
+    if case.op != "pointwise_conv_bn_act":
+        assert counts["mnet_ref::depthwise"] == (not algebraic)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training(case):
+    want = compare(Inputs(case))
+    for name, value in want.items():
+        # identity activations make the gradients of inner betas and gammas vanish; everything else must not
+        if case.activation != "identity":
+            assert value.abs().max() > 1e-6, f"{name} is zero: the test shows nothing"
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_eval(case):
+    inputs = Inputs(case)
+    for bn in inputs.bns:
+        bn.eval()
+    compare(inputs)
+
+
+@pytest.mark.parametrize("frozen", list(itertools.product((False, True), repeat=3))[1:])
+@pytest.mark.parametrize("excite", [False, True])
+def test_any_mix_of_eval_batch_norms(frozen, excite):
+    inputs = Inputs(Case(excite=excite, residual=True))
+    for bn, off in zip(inputs.bns, frozen, strict=True):
+        bn.train(not off)
+    compare(inputs)
+
+
+@pytest.mark.parametrize("excite", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_mix_of_frozen_parameters(seed, excite):
+    torch.manual_seed(seed)
+    inputs = Inputs(Case(excite=excite, stride=1 + seed % 2))
+    names = list(inputs.leaves)
+    for name, keep in zip(names, torch.rand(len(names)) < 0.35, strict=True):
+        inputs.leaves[name].requires_grad_(bool(keep))
+    for bn, off in zip(inputs.bns, torch.rand(3) < 0.3, strict=True):
+        bn.train(not off)
+    inputs.leaves[names[seed % len(names)]].requires_grad_()
+    compare(inputs)
+
+
+@pytest.mark.parametrize("op", ["depthwise_conv_bn_act", "pointwise_conv_bn_act", "separable_conv"])
+@pytest.mark.parametrize("only", ["x", "weight0", "gamma0", "beta0"])
+def test_only_one_gradient(op, only):
+    inputs = Inputs(Case(op))
+    for name, leaf in inputs.leaves.items():
+        leaf.requires_grad_(name == only)
+    compare(inputs)
+
+
+def test_no_weight_gradient_is_computed_for_frozen_weights():
+    """A frozen network's backward must not pay for weight gradients, nor an image's input gradient."""
+    seen = {}
+    table = mk.stages.stage("reference")
+    for name in ("pointwise_backward", "depthwise_backward"):
+        original = getattr(table, name)
+
+        def spy(*args, name=name, original=original):
+            seen.setdefault(name, []).append(args[-3:] if name == "pointwise_backward" else args[-2:])
+            return original(*args)
+
+        setattr(table, name, spy)
+    try:
+        inputs = Inputs(Case())
+        for name, leaf in inputs.leaves.items():
+            leaf.requires_grad_(name == "gamma0")
+        step(inputs, "reference", "chain")
+    finally:
+        mk.stages.bind()
+    assert seen == {"pointwise_backward": [(True, True, False)], "depthwise_backward": [(True, False)]}
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.1, 1.0])
+def test_momentum(momentum):
+    inputs = Inputs(Case())
+    for bn in inputs.bns:
+        bn.momentum = momentum
+        bn.num_batches_tracked.fill_(3)
+    compare(inputs)
+
+
+def test_cumulative_average_over_steps():
+    """momentum=None over several steps equals nn.BatchNorm2d's own cumulative average."""
+    results = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(5)
+        inputs = Inputs(Case("depthwise_conv_bn_act"))
+        inputs.bns[0].momentum = None
+        inputs.bns[0].reset_running_stats()
+        for _ in range(3):
+            inputs.x = torch.randn(inputs.x.shape, dtype=torch.float64)
+            with mk.backend(backend), torch.no_grad():
+                inputs.call()
+        results.append(dict(inputs.bns[0].named_buffers()))
+    assert results[0]["num_batches_tracked"] == 3
+    assert_same(results[1], results[0])
+
+
+def test_without_running_statistics():
+    inputs = Inputs(Case())
+    for training in (True, False):
+        bns = [torch.nn.BatchNorm2d(bn.num_features, track_running_stats=False).double() for bn in inputs.bns]
+        inputs.bns = [bn.train(training) for bn in bns]
+        compare(inputs)
+
+
+def test_tracking_switched_off_leaves_the_buffers_alone():
+    inputs = Inputs(Case())
+    for bn in inputs.bns:
+        bn.track_running_stats = False
+    want = compare(inputs)
+    assert want["num_batches_tracked0"] == 0
+
+
+def test_without_affine():
+    inputs = Inputs(Case(excite=True))
+    inputs.bns = [torch.nn.BatchNorm2d(bn.num_features, affine=False).double() for bn in inputs.bns]
+    compare(inputs)
+
+
+def test_gate_without_biases():
+    inputs = Inputs(Case(excite=True))
+    inputs.excite[1] = inputs.excite[3] = None
+    grads = {}
+    for backend, mode in (("native", None), ("reference", "chain"), ("reference", "algebraic")):
+        with mk.backend(backend, mode):
+            bns = [mk.BatchNormParams.of(bn) for bn in inputs.bns]
+            w = inputs.weights
+            se = mk.SqueezeExciteParams(*inputs.excite)
+            out = mk.functional.inverted_residual(
+                inputs.x, w[0], bns[0], w[1], bns[1], w[2], bns[2], squeeze_excite=se
+            )
+            found = torch.autograd.grad(out.square().sum(), [inputs.x, *w, inputs.excite[0], inputs.excite[2]])
+            grads[mode] = dict(enumerate(found))
+    assert_same(grads["chain"], grads[None])
+    assert_same(grads["algebraic"], grads[None])
+
+
+SHAPES = [(1, 1, 1, 2), (1, 1, 2, 1), (2, 1, 1, 1), (1, 8, 5, 5), (2, 3, 1, 9), (1, 17, 16, 3), (4, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, kernel, stride):
+    n, c, h, w = shape
+    if n * ((h - 1) // stride + 1) * ((w - 1) // stride + 1) == 1:
+        pytest.skip("one value per channel: refused, test_errors.py")
+    for expand in (False, True):
+        # batch norm over two nearly equal values is ill-conditioned; its own eps of 1e-3 keeps this in check
+        compare(Inputs(Case(kernel=kernel, stride=stride, expand=expand, n=n, c=c, e=2 * c + 1, o=3, h=h, w=w)))
+
+
+def _layouts(x):
+    yield "nchw", x.detach().contiguous().requires_grad_()
+    yield "channels_last", x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    wide = torch.randn(x.shape[0], 2 * x.shape[1], x.shape[2] + 2, x.shape[3] + 1, dtype=x.dtype)
+    wide[:, ::2, 1:-1, :-1] = x.detach()
+    yield "sliced", wide[:, ::2, 1:-1, :-1].requires_grad_()
+    yield "transposed", x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    yield "expanded", x.detach()[:1].expand_as(x).clone()[:1].expand(x.shape).requires_grad_()
+
+
+def test_layouts_of_the_input():
+    inputs = Inputs(Case(residual=True))
+    for name, x in _layouts(inputs.x):
+        inputs.x = x
+        want = compare(inputs)
+        assert want["out"].shape == x.shape, name
+
+
+def test_output_is_channels_last():
+    inputs = Inputs(Case())
+    with mk.backend("reference"):
+        assert inputs.call().is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "expanded"])
+def test_layouts_of_the_upstream_gradient(layout):
+    inputs = Inputs(Case())
+    shape = step(inputs, "native")["out"].shape
+    upstream = torch.randn(shape, dtype=torch.float64)
+    if layout == "expanded":
+        upstream = torch.tensor(0.7, dtype=torch.float64).expand(shape)
+    want = step(inputs, "native", upstream=upstream)
+    for backend, mode in fused_modes(inputs.case):
+        assert_same(step(inputs, backend, mode, upstream=upstream), want)
+
+
+@pytest.mark.parametrize("case", [Case(), Case("depthwise_conv_bn_act"), Case("pointwise_conv_bn_act")], ids=str)
+def test_empty_batch(case):
+    inputs = Inputs(case._replace(n=0))
+    want = step(inputs, "native")
+    assert_same(step(inputs, "reference", "chain"), want)
+    assert want["out"].shape[0] == 0
+
+
+def test_stage_counter_nests():
+    inputs = Inputs(Case())
+    with mk.count_stages() as outer:
+        step(inputs, "reference", "chain")
+        with mk.count_stages() as inner:
+            step(inputs, "native")
+    assert inner == {"native::inverted_residual": 1}
+    assert outer["native::inverted_residual"] == 1 and outer["mnet_ref::depthwise"] == 1
