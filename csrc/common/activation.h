@@ -1,0 +1,94 @@
+// Activations as functors: the value and the derivative side by side.
+//
+// `V` is float, or a vector of floats of the compiler's vector extension, so that the CPU and CUDA kernels share one
+// definition.  `bwd` takes the pre-activation u and agrees with torch's backward at the kinks: relu'(0) = 0,
+// relu6'(0) = relu6'(6) = 0, hardswish'(-3) = 0 and hardswish'(3) = 1.  The comparisons are written so that a NaN
+// passes through `fwd`, as it does in torch (fmaxf would swallow it).
+#pragma once
+
+#include <cstdint>
+
+#include "portability.h"
+
+namespace mnet {
+
+// The same codes as mnet_kernels.schema.ACTIVATIONS.
+enum class Activation : int32_t { kIdentity = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3 };
+constexpr int kNumActivations = 4;
+
+struct Identity {
+  static constexpr Activation kCode = Activation::kIdentity;
+  template <typename V>
+  static MNET_HD V fwd(V u) {
+    return u;
+  }
+  template <typename V>
+  static MNET_HD V bwd(V) {
+    return V{} + 1.f;
+  }
+};
+
+struct Relu {
+  static constexpr Activation kCode = Activation::kRelu;
+  template <typename V>
+  static MNET_HD V fwd(V u) {
+    const V zero = V{};
+    return u < zero ? zero : u;
+  }
+  template <typename V>
+  static MNET_HD V bwd(V u) {
+    const V zero = V{}, one = zero + 1.f;
+    return u <= zero ? zero : one;
+  }
+};
+
+struct Relu6 {
+  static constexpr Activation kCode = Activation::kRelu6;
+  template <typename V>
+  static MNET_HD V fwd(V u) {
+    const V zero = V{}, six = zero + 6.f;
+    u = u < zero ? zero : u;
+    return u > six ? six : u;
+  }
+  template <typename V>
+  static MNET_HD V bwd(V u) {
+    const V zero = V{}, one = zero + 1.f, six = zero + 6.f;
+    const V above = u >= six ? zero : one;
+    return u <= zero ? zero : above;
+  }
+};
+
+struct Hardswish {
+  static constexpr Activation kCode = Activation::kHardswish;
+  template <typename V>
+  static MNET_HD V fwd(V u) {
+    return u * Relu6::fwd(V(u + 3.f)) * (1.f / 6.f);
+  }
+  template <typename V>
+  static MNET_HD V bwd(V u) {
+    const V zero = V{}, one = zero + 1.f, three = zero + 3.f;
+    const V inside = u * (1.f / 3.f) + 0.5f;
+    const V upper = u >= three ? one : inside;
+    return u <= -three ? zero : upper;
+  }
+};
+
+// Calls f with the functor of a run-time code: one switch outside the loop instead of one per element.
+template <typename F>
+MNET_HD void with_activation(Activation act, F&& f) {
+  switch (act) {
+    case Activation::kRelu:
+      f(Relu{});
+      break;
+    case Activation::kRelu6:
+      f(Relu6{});
+      break;
+    case Activation::kHardswish:
+      f(Hardswish{});
+      break;
+    default:
+      f(Identity{});
+  }
+}
+
+}  // namespace mnet

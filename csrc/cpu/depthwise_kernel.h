@@ -1,0 +1,255 @@
+// The depthwise kernel of one capability (see simd.h for how it is included).
+//
+// Memory plan.  A unit walks down its output rows in tiles of kColumns columns.  Per vector of channels a ring of
+// kKernel activated input rows, kInColumns wide, float32, stays in the first-level cache (k 3, stride 1, 16 lanes:
+// 6.5 KiB): every input is read, converted and activated once per tile, and each output row costs `stride` new input
+// rows.  Zero padding is written into the ring, so the convolution itself has no borders.  The vectors of a channel
+// block take turns row by row, which uses each cache line of x and y while it is near.
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+#include "../common/moments.h"
+#include "../common/params.h"
+#include "depthwise.h"
+#include "simd.h"
+
+namespace mnet::cpu::MNET_CPU_NAMESPACE {
+
+template <typename Storage_, int kKernel_, int kStride_>
+struct DepthwiseTraits {
+  using Storage = Storage_;
+  using Lane = typename Storage_::Lane;
+  using Raw = typename Storage_::Raw;
+  static constexpr int kKernel = kKernel_;
+  static constexpr int kStride = kStride_;
+  static constexpr int kPad = kKernel_ / 2;
+  static constexpr int kColumns = 32 / kStride_;  // output columns of a tile
+  static constexpr int kInColumns = (kColumns - 1) * kStride_ + kKernel_;
+  static constexpr int kBlock = 4;      // output columns computed together, in registers
+  static constexpr int kRunLength = 128;  // positions summed with one shift (moments.h)
+
+  static_assert(kKernel == 3 || kKernel == 5, "supported kernels");
+  static_assert(kStride == 1 || kStride == 2, "supported strides");
+  static_assert(DepthwisePlan::kChannelBlock % kLanes == 0, "a channel block is whole vectors");
+  static_assert(kColumns <= kRunLength, "a row of a tile fits in one run");
+};
+
+template <typename T>
+struct Scratch {
+  static constexpr std::align_val_t kAlignment{alignof(T)};
+  T* memory;
+  explicit Scratch(int count) : memory(static_cast<T*>(::operator new(sizeof(T) * count, kAlignment))) {}
+  ~Scratch() { ::operator delete(memory, kAlignment); }
+  Scratch(const Scratch&) = delete;
+};
+
+// One vector of channels of a unit.
+template <typename Traits>
+struct alignas(64) DepthwiseLanes {
+  Vec ring[Traits::kKernel][Traits::kInColumns];
+  Vec weight[Traits::kKernel * Traits::kKernel];
+  Vec scale, shift;
+  Vec run_shift, run_sum1, run_sum2;
+  double mean[kLanes], m2[kLanes];
+  int channel;  // the first
+  int valid;    // lanes in use
+};
+
+template <typename Traits>
+void init_lanes(DepthwiseLanes<Traits>& g, const DepthwiseParams& p, int channel, int channel_end) {
+  g.channel = channel;
+  g.valid = least(kLanes, channel_end - channel);
+  for (int tap = 0; tap < Traits::kKernel * Traits::kKernel; ++tap) {
+    const int64_t at = tap / Traits::kKernel * p.weight_stride_h + tap % Traits::kKernel * p.weight_stride_w;
+    g.weight[tap] = Vec{};
+    for (int i = 0; i < g.valid; ++i) {
+      g.weight[tap][i] = Traits::Storage::scalar(p.weight, at + (channel + i) * p.weight_stride_c);
+    }
+  }
+  g.scale = g.shift = Vec{};
+  if (p.bn != nullptr) {
+    g.scale = load_lanes<true, float, Vec>(p.bn + channel, g.valid);
+    g.shift = load_lanes<true, float, Vec>(p.bn + p.c + channel, g.valid);
+  }
+  for (int i = 0; i < kLanes; ++i) g.mean[i] = g.m2[i] = 0.0;
+}
+
+// Fills one row of the ring: columns [first, first + count) of x's row; what lies outside [0, w) is zero.
+template <typename Traits, bool kPartial>
+void load_row(const DepthwiseLanes<Traits>& g, const DepthwiseParams& p, const typename Traits::Lane* row, int64_t first,
+              int count, Vec* ring) {
+  const int begin = static_cast<int>(within<int64_t>(-first, 0, count));
+  const int end = static_cast<int>(within<int64_t>(p.w - first, begin, count));
+  fill_zero(ring, ring + begin);
+  fill_zero(ring + end, ring + count);
+  const typename Traits::Lane* from = row + (first + begin) * p.c + g.channel;
+  const auto load = [&](int64_t i) {
+    return Traits::Storage::unpack(load_lanes<kPartial, typename Traits::Lane, typename Traits::Raw>(from + i * p.c, g.valid));
+  };
+  if (p.bn == nullptr) {
+    for (int j = begin; j < end; ++j) ring[j] = load(j - begin);
+    return;
+  }
+  const Vec scale = g.scale, shift = g.shift;
+  with_activation(p.act, [&](auto act) {
+    for (int j = begin; j < end; ++j) {
+      ring[j] = Traits::Storage::round(decltype(act)::fwd(Vec(scale * load(j - begin) + shift)));
+    }
+  });
+}
+
+// kBlock_ neighbouring outputs from the ring's rows (`rows` in the order of the kernel's rows).
+template <typename Traits, int kBlock_>
+MNET_HD void convolve(const Vec* const* rows, int in_column, const Vec* weight, Vec* out) {
+  constexpr int kInputs = (kBlock_ - 1) * Traits::kStride + Traits::kKernel;
+  MNET_UNROLL
+  for (int b = 0; b < kBlock_; ++b) out[b] = Vec{};
+  MNET_UNROLL
+  for (int i = 0; i < Traits::kKernel; ++i) {
+    const Vec* in = rows[i] + in_column;
+    MNET_UNROLL
+    for (int t = 0; t < kInputs; ++t) {
+      const Vec value = in[t];
+      MNET_UNROLL
+      for (int b = 0; b < kBlock_; ++b) {
+        const int j = t - b * Traits::kStride;
+        if (j >= 0 && j < Traits::kKernel) out[b] = out[b] + value * weight[i * Traits::kKernel + j];
+      }
+    }
+  }
+}
+
+// One output row of the tile: rounds, stores, and adds the stored values to the running moments.
+template <typename Traits, bool kPartial>
+void output_row(DepthwiseLanes<Traits>& g, const DepthwiseParams& p, const Vec* const* rows, int columns,
+                typename Traits::Lane* to, bool first_of_run) {
+  Vec shift = g.run_shift, sum1 = g.run_sum1, sum2 = g.run_sum2;
+  const auto emit = [&](Vec value, int column) {
+    const typename Traits::Raw raw = Traits::Storage::pack(value);
+    copy_lanes<kPartial, typename Traits::Lane>(to + static_cast<int64_t>(column) * p.c, &raw, g.valid);
+    const Vec stored = Traits::Storage::unpack(raw);
+    if (first_of_run && column == 0) shift = stored;
+    const Vec d = stored - shift;
+    sum1 = sum1 + d;
+    sum2 = sum2 + d * d;
+  };
+  if (first_of_run) sum1 = sum2 = Vec{};
+  int column = 0;
+  for (; column + Traits::kBlock <= columns; column += Traits::kBlock) {
+    Vec out[Traits::kBlock];
+    convolve<Traits, Traits::kBlock>(rows, column * Traits::kStride, g.weight, out);
+    MNET_UNROLL
+    for (int b = 0; b < Traits::kBlock; ++b) emit(out[b], column + b);
+  }
+  for (; column < columns; ++column) {
+    Vec out[1];
+    convolve<Traits, 1>(rows, column * Traits::kStride, g.weight, out);
+    emit(out[0], column);
+  }
+  g.run_shift = shift;
+  g.run_sum1 = sum1;
+  g.run_sum2 = sum2;
+}
+
+template <typename Traits>
+void flush_run(DepthwiseLanes<Traits>& g, int64_t flushed, int run) {
+  const double weight = static_cast<double>(run) / static_cast<double>(flushed + run);
+  for (int i = 0; i < kLanes; ++i) {
+    const Moments<float> m = from_shifted<float>(static_cast<float>(run), g.run_shift[i], g.run_sum1[i], g.run_sum2[i]);
+    chan_update<double>(g.mean[i], g.m2[i], static_cast<double>(flushed), m.mean, m.m2, weight);
+  }
+}
+
+template <typename Traits>
+void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
+  using Lane = typename Traits::Lane;
+  using Lanes = DepthwiseLanes<Traits>;
+  constexpr int kMaxGroups = DepthwisePlan::kChannelBlock / kLanes;
+  constexpr int kKernel = Traits::kKernel;
+  const Scratch<Lanes> scratch(kMaxGroups);
+  Lanes* groups = scratch.memory;
+  const int num_groups = (unit.channel_end - unit.channel_begin + kLanes - 1) / kLanes;
+  for (int g = 0; g < num_groups; ++g) {
+    init_lanes(*new (groups + g) Lanes, p, unit.channel_begin + g * kLanes, unit.channel_end);
+  }
+
+  const auto* x = static_cast<const Lane*>(p.x);
+  auto* y = static_cast<Lane*>(p.y);
+  const int64_t in_row = int64_t{p.w} * p.c, out_row = int64_t{p.out_w} * p.c;
+  int64_t flushed = 0;  // positions already in mean and m2
+  int run = 0;          // positions in the current run
+  const auto flush = [&] {
+    if (unit.mean != nullptr && run > 0) {
+      for (int g = 0; g < num_groups; ++g) flush_run(groups[g], flushed, run);
+    }
+    flushed += run;
+    run = 0;
+  };
+
+  for (int64_t column = 0; column < p.out_w; column += Traits::kColumns) {
+    const int columns = static_cast<int>(least<int64_t>(Traits::kColumns, p.out_w - column));
+    const int in_columns = (columns - 1) * Traits::kStride + kKernel;
+    const int64_t first_column = column * Traits::kStride - Traits::kPad;
+    int64_t loaded = 0;  // one past the last input row in the ring
+    for (int64_t row = unit.row_begin; row < unit.row_end; ++row) {
+      const int64_t image = row / p.out_h, oh = row % p.out_h;
+      const int64_t top = oh * Traits::kStride - Traits::kPad;
+      if (row == unit.row_begin || oh == 0) loaded = top;
+      const auto slot = [&](int64_t ih) { return static_cast<int>((ih + kKernel) % kKernel); };  // ih >= -kPad
+      if (run + columns > Traits::kRunLength) flush();
+      for (int g = 0; g < num_groups; ++g) {
+        Lanes& lanes = groups[g];
+        const bool partial = lanes.valid < kLanes;
+        for (int64_t ih = loaded; ih < top + kKernel; ++ih) {
+          Vec* ring = lanes.ring[slot(ih)];
+          if (ih < 0 || ih >= p.h) {
+            fill_zero(ring, ring + in_columns);
+          } else {
+            const auto load = partial ? load_row<Traits, true> : load_row<Traits, false>;
+            load(lanes, p, x + (image * p.h + ih) * in_row, first_column, in_columns, ring);
+          }
+        }
+        const Vec* rows[kKernel];
+        for (int i = 0; i < kKernel; ++i) rows[i] = lanes.ring[slot(top + i)];
+        const auto output = partial ? output_row<Traits, true> : output_row<Traits, false>;
+        output(lanes, p, rows, columns, y + row * out_row + column * p.c + lanes.channel, run == 0);
+      }
+      loaded = top + kKernel;
+      run += columns;
+    }
+  }
+  flush();
+
+  if (unit.mean == nullptr) return;
+  for (int g = 0; g < num_groups; ++g) {
+    const Lanes& lanes = groups[g];
+    for (int i = 0; i < lanes.valid; ++i) {
+      unit.mean[lanes.channel + i] = lanes.mean[i];
+      unit.m2[lanes.channel + i] = lanes.m2[i];
+    }
+  }
+}
+
+template <typename Storage>
+void dispatch_shape(const DepthwiseParams& p, const DepthwiseUnit& unit) {
+  if (p.kernel == 3) {
+    p.stride == 1 ? run_unit<DepthwiseTraits<Storage, 3, 1>>(p, unit) : run_unit<DepthwiseTraits<Storage, 3, 2>>(p, unit);
+  } else {
+    p.stride == 1 ? run_unit<DepthwiseTraits<Storage, 5, 1>>(p, unit) : run_unit<DepthwiseTraits<Storage, 5, 2>>(p, unit);
+  }
+}
+
+void depthwise_unit(const DepthwiseParams& params, Dtype dtype, const DepthwiseUnit& unit) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return dispatch_shape<BFloat16>(params, unit);
+    case Dtype::kFloat16:
+      return dispatch_shape<Float16>(params, unit);
+    default:
+      return dispatch_shape<Float32>(params, unit);
+  }
+}
+
+}  // namespace mnet::cpu::MNET_CPU_NAMESPACE

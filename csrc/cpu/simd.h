@@ -1,0 +1,139 @@
+// A vector of kLanes floats and its conversions to and from the storage dtypes.
+//
+// Included once by each capability's translation unit, which sets MNET_CPU_NAMESPACE, MNET_CPU_LANES and (where the
+// processor converts half precision itself) MNET_CPU_F16C, and switches the target on before the first function here.
+// The vectors are the compiler's own (GCC and clang): arithmetic, comparisons and ?: are written as for floats.
+//
+// Nothing here or in a kernel may call a function template of the standard library on a type that another translation
+// unit uses too: the linker keeps one instance of it, perhaps the one compiled for a processor that is not this one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(MNET_CPU_F16C)
+#include <immintrin.h>
+#endif
+
+#include "../common/portability.h"
+
+namespace mnet::cpu::MNET_CPU_NAMESPACE {
+
+constexpr int kLanes = MNET_CPU_LANES;
+static_assert(kLanes == 8 || kLanes == 16, "the tail path handles half a vector, and F16C converts 8 or 16 lanes");
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Mask __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Packed __attribute__((vector_size(kLanes * 2)));
+
+static_assert(sizeof(Vec) == kLanes * sizeof(float) && sizeof(Packed) == kLanes * sizeof(uint16_t), "no padding");
+
+MNET_HD Bits bits_of(Vec v) { return reinterpret_cast<Bits>(v); }
+MNET_HD Vec float_of(Bits b) { return reinterpret_cast<Vec>(b); }
+MNET_HD Packed narrow(Bits b) { return __builtin_convertvector(b, Packed); }
+MNET_HD Bits widen(Packed p) { return __builtin_convertvector(p, Bits); }
+
+template <typename T>
+MNET_HD T least(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+MNET_HD T within(T value, T low, T high) {
+  return value < low ? low : value > high ? high : value;
+}
+MNET_HD void fill_zero(Vec* from, const Vec* to) {
+  for (; from < to; ++from) *from = Vec{};
+}
+
+// Copies `valid` lanes.  Half a vector (channel counts are often 8 modulo 16) gets a copy of constant size.
+template <bool kPartial, typename Lane>
+MNET_HD void copy_lanes(void* to, const void* from, int valid) {
+  if constexpr (!kPartial) {
+    std::memcpy(to, from, kLanes * sizeof(Lane));
+  } else if (valid == kLanes / 2) {
+    std::memcpy(to, from, kLanes / 2 * sizeof(Lane));
+  } else {
+    for (int i = 0; i < valid; ++i) static_cast<Lane*>(to)[i] = static_cast<const Lane*>(from)[i];
+  }
+}
+
+template <bool kPartial, typename Lane, typename V>
+MNET_HD V load_lanes(const Lane* from, int valid) {
+  V v{};
+  copy_lanes<kPartial, Lane>(&v, from, valid);
+  return v;
+}
+
+// Each storage dtype: `Lane` in memory; `unpack` to float; `pack` with round to nearest even; `round` = both.
+struct Float32 {
+  using Lane = float;
+  using Raw = Vec;
+  static MNET_HD Vec unpack(Raw raw) { return raw; }
+  static MNET_HD Raw pack(Vec v) { return v; }
+  static MNET_HD Vec round(Vec v) { return v; }
+  static float scalar(const void* p, int64_t i) { return static_cast<const float*>(p)[i]; }
+};
+
+struct BFloat16 {
+  using Lane = uint16_t;
+  using Raw = Packed;
+  static MNET_HD Vec unpack(Raw raw) { return float_of(widen(raw) << 16); }
+  static MNET_HD Bits rounded_bits(Vec v) {
+    const Bits b = bits_of(v);
+    const Bits rounded = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
+    const Bits nan = Bits{} + 0x7fc00000u;
+    return v != v ? nan : rounded;
+  }
+  static MNET_HD Raw pack(Vec v) { return narrow(rounded_bits(v) >> 16); }
+  static MNET_HD Vec round(Vec v) { return float_of(rounded_bits(v)); }
+  static float scalar(const void* p, int64_t i) {
+    const uint32_t b = static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16;
+    float f;
+    std::memcpy(&f, &b, sizeof f);
+    return f;
+  }
+};
+
+struct Float16 {
+  using Lane = uint16_t;
+  using Raw = Packed;
+#if defined(MNET_CPU_F16C) && MNET_CPU_LANES == 16
+  // The zero-masked forms under a full mask: the plain ones read an undefined register, of which GCC warns.
+  static MNET_HD Vec unpack(Raw raw) { return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)raw); }
+  static MNET_HD Raw pack(Vec v) {
+    return (Raw)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+#elif defined(MNET_CPU_F16C)
+  static MNET_HD Vec unpack(Raw raw) { return (Vec)_mm256_cvtph_ps((__m128i)raw); }
+  static MNET_HD Raw pack(Vec v) { return (Raw)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+  // Exponents are re-biased by adding to the bits.  A subnormal half is the difference of two normal floats that
+  // share the exponent 2^-14; the subtraction (or, on the way down, the addition of 0.5) does its shift and rounding.
+  static MNET_HD Vec unpack(Raw raw) {
+    const Bits h = widen(raw), magnitude = (h & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
+    const Bits normal = magnitude + 0x38000000u;
+    const Bits special = normal + 0x38000000u;
+    const Bits subnormal = bits_of(float_of(normal + 0x00800000u) - float_of(Bits{} + 0x38800000u));
+    const Bits finite = exponent == 0u ? subnormal : normal;
+    return float_of((exponent == 0x0f800000u ? special : finite) | ((h & 0x8000u) << 16));
+  }
+  static MNET_HD Raw pack(Vec v) {
+    const Bits b = bits_of(v), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
+    const Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const Bits subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    const Bits infinite = Bits{} + 0x7c00u, nan = Bits{} + 0x7e00u;
+    const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
+    const Bits special = magnitude > 0x7f800000u ? nan : infinite;
+    return narrow((magnitude >= 0x47800000u ? special : finite) | sign);
+  }
+#endif
+  static MNET_HD Vec round(Vec v) { return unpack(pack(v)); }
+  static float scalar(const void* p, int64_t i) {
+    Raw raw{};
+    raw[0] = static_cast<const uint16_t*>(p)[i];
+    return unpack(raw)[0];
+  }
+};
+
+}  // namespace mnet::cpu::MNET_CPU_NAMESPACE

@@ -1,0 +1,69 @@
+#include "depthwise.h"
+
+#include "depthwise.cuh"
+
+namespace mnet::cuda {
+
+// Enough blocks to fill any card several times over, and few enough partial moments to combine quickly.
+constexpr int64_t kTargetBlocks = 8192;
+constexpr int64_t kMaxChunks = 2048;
+
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename Traits>
+static DepthwiseTiling make_tiling(const DepthwiseParams& p) {
+  DepthwiseTiling t{};
+  t.tiles_h = static_cast<int32_t>(divide_up(p.out_h, Traits::kTileH));
+  t.tiles_w = static_cast<int32_t>(divide_up(p.out_w, Traits::kTileW));
+  t.tiles = p.n * t.tiles_h * t.tiles_w;
+  t.channel_blocks = static_cast<int32_t>(divide_up(p.c, Traits::kChannels));
+  const int64_t wanted = divide_up(kTargetBlocks, t.channel_blocks);
+  t.tiles_per_block = divide_up(t.tiles, wanted < kMaxChunks ? wanted : kMaxChunks);
+  t.chunks = t.tiles == 0 ? 0 : divide_up(t.tiles, t.tiles_per_block);
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  t.vectorized = p.c % Traits::kVec == 0 && aligned(p.x) && aligned(p.y);
+  return t;
+}
+
+// Calls f with the traits of a shape and dtype.
+template <typename F>
+static auto with_traits(const DepthwiseParams& p, Dtype dtype, F&& f) {
+  const auto with_shape = [&](auto zero) {
+    using T = decltype(zero);
+    if (p.kernel == 3) return p.stride == 1 ? f(DepthwiseTraits<T, 3, 1>{}) : f(DepthwiseTraits<T, 3, 2>{});
+    return p.stride == 1 ? f(DepthwiseTraits<T, 5, 1>{}) : f(DepthwiseTraits<T, 5, 2>{});
+  };
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return with_shape(__nv_bfloat16{});
+    case Dtype::kFloat16:
+      return with_shape(__half{});
+    default:
+      return with_shape(float{});
+  }
+}
+
+int64_t depthwise_workspace(const DepthwiseParams& p, Dtype dtype) {
+  if (p.moments == nullptr) return 0;
+  return with_traits(p, dtype, [&](auto traits) { return make_tiling<decltype(traits)>(p).chunks * 3 * p.c; });
+}
+
+template <typename Traits>
+static cudaError_t launch(const DepthwiseParams& p, float* workspace, cudaStream_t stream) {
+  const DepthwiseTiling tiling = make_tiling<Traits>(p);
+  if (tiling.chunks > 0) {
+    const auto blocks = static_cast<unsigned>(tiling.chunks * tiling.channel_blocks);
+    MNET_LAUNCH(depthwise_kernel<Traits>, blocks, Traits::kThreads, stream, p, tiling, workspace);
+    if (const cudaError_t error = launch_status(); error != cudaSuccess) return error;
+  }
+  if (p.moments == nullptr) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(divide_up(p.c, CombineTraits::kChannels));
+  MNET_LAUNCH(combine_moments, blocks, CombineTraits::kThreads, stream, workspace, tiling.chunks, p.c, p.moments);
+  return launch_status();
+}
+
+cudaError_t depthwise(const DepthwiseParams& p, Dtype dtype, float* workspace, cudaStream_t stream) {
+  return with_traits(p, dtype, [&](auto traits) { return launch<decltype(traits)>(p, workspace, stream); });
+}
+
+}  // namespace mnet::cuda

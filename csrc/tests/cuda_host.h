@@ -1,0 +1,315 @@
+// Runs CUDA kernels on the CPU, for tests: included by cuda/device.h under MNET_CUDA_ON_HOST instead of the device's
+// own words, so that the kernel's source is compiled unchanged by the host compiler (under AddressSanitizer, too).
+//
+// Every thread of a block is a fiber.  A thread runs until it waits at a barrier or in a warp exchange; which one runs next
+// is the launch's `schedule`, and a correct kernel computes the same under all of them.  Blocks run one after the other,
+// their shared memory freshly allocated and filled with NaN.  Reported as exceptions: a barrier that some threads never
+// reach, threads at two different barriers, exchanges that never complete.
+//
+// Not modelled: memory ordering between blocks, bank conflicts, register limits, anything in inline PTX.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define MNET_HOST_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#include <sanitizer/common_interface_defs.h>
+#define MNET_HOST_ASAN 1
+#endif
+#endif
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace mnet::host {
+
+enum class State { kReady, kBarrier, kExchange, kDone };
+enum class Schedule { kForward, kReverse, kRandomThreads, kRandomWarps };
+constexpr Schedule kSchedules[] = {Schedule::kForward, Schedule::kReverse, Schedule::kRandomThreads,
+                                   Schedule::kRandomWarps};
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 256 << 10;
+
+struct Place {
+  const char* file;
+  int line;
+  bool operator==(const Place& o) const { return file == o.file && line == o.line; }
+  std::string text() const { return std::string(file) + ":" + std::to_string(line); }
+};
+
+// A lane's part of a warp exchange: it gives `in` and takes the `in` of lane `source`.
+struct Exchange {
+  unsigned mask;
+  int source;
+  size_t size;
+  const void* in;
+  void* out;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  uint3 index;
+  State state;
+  Place place;
+  Exchange exchange;
+  void* fake_stack;  // AddressSanitizer's
+};
+
+struct Shared {
+  const void* key;
+  std::unique_ptr<void, decltype(&std::free)> memory;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Shared> shared;
+  std::function<void()> kernel;
+  std::mt19937_64 random;
+  Fiber* running = nullptr;
+  ucontext_t scheduler;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_size = 0;
+};
+
+inline Block block;
+inline Schedule schedule = Schedule::kForward;
+
+inline void* shared_memory(const void* key, size_t size) {
+  for (const Shared& s : block.shared) {
+    if (s.key == key) return s.memory.get();
+  }
+  void* memory = std::aligned_alloc(128, (size + 127) / 128 * 128);
+  std::memset(memory, 0xff, size);  // a NaN in every dtype
+  block.shared.push_back({key, {memory, &std::free}});
+  return memory;
+}
+
+// Gives the processor back to the scheduler; returns when the thread is resumed.
+inline void leave(bool for_good) {
+  Fiber& self = *block.running;
+#if defined(MNET_HOST_ASAN)
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &self.fake_stack, block.scheduler_stack,
+                                 block.scheduler_stack_size);
+#else
+  (void)for_good;
+#endif
+  swapcontext(&self.context, &block.scheduler);
+#if defined(MNET_HOST_ASAN)
+  __sanitizer_finish_switch_fiber(self.fake_stack, &block.scheduler_stack, &block.scheduler_stack_size);
+#endif
+}
+
+inline void fiber_main() {
+#if defined(MNET_HOST_ASAN)
+  __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_size);
+#endif
+  block.kernel();
+  block.running->state = State::kDone;
+  leave(true);
+}
+
+inline void resume(Fiber& fiber) {
+  block.running = &fiber;
+  threadIdx = fiber.index;
+#if defined(MNET_HOST_ASAN)
+  __sanitizer_start_switch_fiber(&block.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
+#endif
+  swapcontext(&block.scheduler, &fiber.context);
+#if defined(MNET_HOST_ASAN)
+  __sanitizer_finish_switch_fiber(block.scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void fail(const std::string& what) {
+  throw std::runtime_error("block " + std::to_string(blockIdx.x) + ": " + what);
+}
+
+// Completes the exchange `fiber` waits in, once all lanes of its mask are there.
+inline void try_exchange(const Fiber& fiber) {
+  const size_t index = &fiber - block.fibers.data(), warp = index / kWarp * kWarp;
+  const unsigned mask = fiber.exchange.mask;
+  if (!(mask >> index % kWarp & 1)) fail("lane not in its own mask at " + fiber.place.text());
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    if (warp + lane >= block.fibers.size()) fail("mask names lanes beyond the block at " + fiber.place.text());
+    const Fiber& other = block.fibers[warp + lane];
+    if (other.state != State::kExchange) return;
+    if (!(other.place == fiber.place) || other.exchange.mask != mask) {
+      fail("exchanges at " + fiber.place.text() + " and " + other.place.text() + " meet");
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    const Exchange& to = block.fibers[warp + lane].exchange;
+    const bool given = mask >> to.source & 1;
+    if (given) std::memcpy(to.out, block.fibers[warp + to.source].exchange.in, to.size);
+    if (!given) std::memset(to.out, 0xff, to.size);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (mask >> lane & 1) block.fibers[warp + lane].state = State::kReady;
+  }
+}
+
+// One turn of a thread, if it can run.
+inline bool step(Fiber& fiber) {
+  if (fiber.state != State::kReady) return false;
+  resume(fiber);
+  if (fiber.state == State::kExchange) try_exchange(fiber);
+  return true;
+}
+
+// One round: every thread gets a turn (kRandomWarps: a warp runs as far as it can before the next one starts).
+inline bool run_round() {
+  std::vector<size_t> order(block.fibers.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (schedule == Schedule::kReverse) std::reverse(order.begin(), order.end());
+  if (schedule == Schedule::kRandomThreads) std::shuffle(order.begin(), order.end(), block.random);
+  bool progress = false;
+  if (schedule != Schedule::kRandomWarps) {
+    for (const size_t i : order) progress |= step(block.fibers[i]);
+    return progress;
+  }
+  std::vector<size_t> warps((order.size() + kWarp - 1) / kWarp);
+  std::iota(warps.begin(), warps.end(), size_t{0});
+  std::shuffle(warps.begin(), warps.end(), block.random);
+  for (const size_t warp : warps) {
+    for (bool again = true; again; progress |= again) {
+      again = false;
+      for (size_t i = warp * kWarp; i < std::min(order.size(), (warp + 1) * kWarp); ++i) again |= step(block.fibers[i]);
+    }
+  }
+  return progress;
+}
+
+// Opens the barrier once every thread waits there; false when the block is done.
+inline bool open_barrier(bool progress) {
+  const Fiber *waiting = nullptr, *exchanging = nullptr;
+  size_t done = 0, at_barrier = 0;
+  for (const Fiber& fiber : block.fibers) {
+    done += fiber.state == State::kDone;
+    if (fiber.state == State::kExchange) exchanging = &fiber;
+    if (fiber.state != State::kBarrier) continue;
+    ++at_barrier;
+    if (waiting != nullptr && !(waiting->place == fiber.place)) {
+      fail("threads wait at two barriers, " + waiting->place.text() + " and " + fiber.place.text());
+    }
+    waiting = &fiber;
+  }
+  if (done == block.fibers.size()) return false;
+  if (waiting != nullptr && at_barrier + done == block.fibers.size()) {
+    if (done > 0) fail(std::to_string(done) + " threads ended before the barrier at " + waiting->place.text());
+    for (Fiber& fiber : block.fibers) fiber.state = State::kReady;
+  } else if (!progress) {
+    fail("deadlock in a warp exchange at " + exchanging->place.text());
+  }
+  return true;
+}
+
+template <typename F>
+void launch(dim3 grid, dim3 threads, F&& kernel) {
+  if (grid.y * grid.z * threads.y * threads.z != 1) throw std::runtime_error("only one-dimensional launches are run here");
+  gridDim = grid;
+  blockDim = threads;
+  block.kernel = kernel;
+  block.fibers.resize(threads.x);
+  std::vector<unsigned> blocks(grid.x);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  if (schedule != Schedule::kForward) std::shuffle(blocks.begin(), blocks.end(), block.random);
+  for (const unsigned b : blocks) {
+    blockIdx = {b, 0, 0};
+    for (unsigned t = 0; t < threads.x; ++t) {
+      Fiber& fiber = block.fibers[t];
+      if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
+      fiber.index = {t, 0, 0};
+      fiber.state = State::kReady;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, fiber_main, 0);
+    }
+    while (open_barrier(run_round())) {
+    }
+    block.shared.clear();
+  }
+}
+
+inline void wait(State state, Place place) {
+  block.running->state = state;
+  block.running->place = place;
+  leave(false);
+}
+
+template <typename T>
+T exchange(unsigned mask, T value, int source, Place place) {
+  T result{};
+  block.running->exchange = {mask, source, sizeof(T), &value, &result};
+  wait(State::kExchange, place);
+  return result;
+}
+
+inline int lane() { return static_cast<int>(threadIdx.x % kWarp); }
+
+}  // namespace mnet::host
+
+#define MNET_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(MNET_HERE) { mnet::host::wait(mnet::host::State::kBarrier, {file, line}); }
+inline void __syncwarp(unsigned mask = ~0u, MNET_HERE) {
+  mnet::host::exchange(mask, 0, mnet::host::lane(), {file, line});
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, MNET_HERE) {
+  return mnet::host::exchange(mask, value, source & 31, {file, line});
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int flip, MNET_HERE) {
+  return mnet::host::exchange(mask, value, mnet::host::lane() ^ flip, {file, line});
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int by, MNET_HERE) {
+  const int lane = mnet::host::lane();
+  return mnet::host::exchange(mask, value, lane + by < 32 ? lane + by : lane, {file, line});
+}
+
+#define MNET_DEVICE inline
+#define MNET_SHARED(type, name, dims)   \
+  static const char name##_key = 0;     \
+  using name##_type = type dims;        \
+  name##_type& name = *static_cast<name##_type*>(mnet::host::shared_memory(&name##_key, sizeof(name##_type)))
+#define MNET_LAUNCH(kernel, grid, block_size, stream, ...) \
+  ((void)(stream), mnet::host::launch((grid), (block_size), [&] { (kernel)(__VA_ARGS__); }))
+
+namespace mnet::cuda {
+inline cudaError_t launch_status() { return cudaSuccess; }
+}  // namespace mnet::cuda
