@@ -78,8 +78,8 @@ def _check_batch_norm(op, x, layer, channels):
     bn, name = layer.bn, f"{layer.kind} batch norm"
     if not isinstance(bn, BatchNormParams):
         raise TypeError(
-            f"{op}: {name} must be a mnet_kernels.BatchNormParams (BatchNormParams.of(module) reads an nn.BatchNorm2d), got "
-            f"{type(bn).__name__}"
+            f"{op}: {name} must be a mnet_kernels.BatchNormParams, got {type(bn).__name__}: BatchNormParams.of(module) "
+            "reads an nn.BatchNorm2d"
         )
     for field in ("weight", "bias", "running_mean", "running_var"):
         t = getattr(bn, field)

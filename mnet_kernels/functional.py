@@ -2,7 +2,8 @@
 
 All take x [N, C, H, W] in float32, bfloat16, float16 or float64 (any memory layout; fused backends compute in
 channels_last and return it), convolution weights in torch's layout and batch norms as :class:`BatchNormParams` tuples
-(``BatchNormParams.of(module)`` reads an ``nn.BatchNorm2d``).  Convolutions have no bias, as everywhere before a batch norm.
+(``BatchNormParams.of(module)`` reads an ``nn.BatchNorm2d``).  Convolutions have no bias, as everywhere before a batch
+norm.
 
 AMP: under autocast x and the convolution weights are used in the autocast dtype; statistics, batch-norm parameters and
 squeeze-excite stay in float32, and weight gradients are accumulated in float32.
@@ -178,7 +179,7 @@ def _run(op, x, layers, residual, se, backend, mode):
 
 def _run_fused(x, layers, residual, se, choice):
     rows = tuple(
-        Layer(l.kind, l.stride, schema.ACTIVATIONS.index(l.activation), l.bn.eps, l.bn.batch_stats) for l in layers
+        Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats) for c in layers
     )
     block = Block(choice.backend, choice.mode, rows, residual, se is not None)
     tensors = []

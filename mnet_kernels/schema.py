@@ -32,8 +32,8 @@ ACTIVATIONS = ("identity", "relu", "relu6", "hardswish")
 IDENTITY = 0
 
 # The upstream of a backward stage is the gradient at the output of the batch norm (and activation) that follows the
-# convolution, given by raw pieces and put together as it is read:
-#   g  = (gate * grad + offset) * act'(y_bn.scale * y + y_bn.shift)        gate, offset: per image and channel, or absent
+# convolution, given by raw pieces and put together as it is read (gate, offset: per image and channel, or absent):
+#   g  = (gate * grad + offset) * act'(y_bn.scale * y + y_bn.shift)
 #   dy = y_bn.scale * g + coef.b * (y - y_bn.mean) + coef.c
 SCHEMAS = (
     # y = W act(bn(x)) [* gate]; without bn the input is read as it is.
@@ -158,9 +158,7 @@ def _depthwise_backward(
     return gx, sums, _acc(x, *weight.shape) if needs_dw else _acc(x, 0)
 
 
-def _pointwise_backward(
-    grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw
-):
+def _pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw):
     gx = _map(x, *x.shape) if needs_dx else _empty_map(x)
     sums = _acc(x, 0)
     if needs_sums and bn is not None:

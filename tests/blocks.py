@@ -54,8 +54,12 @@ class Inputs:
         self.case = case
         make = {"dtype": dtype, "device": device}
         shapes = layer_shapes(case)
-        self.x = (torch.randn(case.n, case.c, case.h, case.w, **make) + torch.randn(case.c, 1, 1, **make)).requires_grad_()
-        self.weights = [(torch.randn(s, **make) / s[1:].numel() ** 0.5).requires_grad_() for s in map(torch.Size, shapes)]
+        self.x = (
+            torch.randn(case.n, case.c, case.h, case.w, **make) + torch.randn(case.c, 1, 1, **make)
+        ).requires_grad_()
+        self.weights = [
+            (torch.randn(s, **make) / s[1:].numel() ** 0.5).requires_grad_() for s in map(torch.Size, shapes)
+        ]
         self.bns = [torch.nn.BatchNorm2d(s[0], eps=1e-3, momentum=0.2, **make) for s in shapes]
         for bn in self.bns:
             with torch.no_grad():
@@ -143,8 +147,8 @@ CASES = [
     *(Case("pointwise_conv_bn_act", activation=a) for a in ACTIVATIONS),
     *(Case("separable_conv", k, s, a) for k in (3, 5) for s in (1, 2) for a in ("relu6", "hardswish")),
     *(Case(kernel=k, stride=s, activation=a) for k in (3, 5) for s in (1, 2) for a in ACTIVATIONS),
-    *(Case(kernel=k, stride=s, activation=a, excite=True) for k in (3, 5) for s in (1, 2) for a in ("relu", "hardswish")),
-    *(Case(kernel=k, activation=a, residual=True, excite=x) for k in (3, 5) for a in ("relu6", "hardswish") for x in (0, 1)),
+    *(Case(kernel=k, stride=s, activation=a, excite=True) for k in (3, 5) for s in (1, 2) for a in ("relu", ACTIVATIONS[3])),
+    *(Case(kernel=k, activation=a, residual=True, excite=x) for k in (3, 5) for a in ACTIVATIONS[2:] for x in (0, 1)),
     *(Case(stride=s, residual=s == 1, expand=False, excite=x, activation="relu") for s in (1, 2) for x in (0, 1)),
 ]  # fmt: skip
 

@@ -156,9 +156,7 @@ def test_gate_without_biases():
             bns = [mk.BatchNormParams.of(bn) for bn in inputs.bns]
             w = inputs.weights
             se = mk.SqueezeExciteParams(*inputs.excite)
-            out = mk.functional.inverted_residual(
-                inputs.x, w[0], bns[0], w[1], bns[1], w[2], bns[2], squeeze_excite=se
-            )
+            out = mk.functional.inverted_residual(inputs.x, w[0], bns[0], w[1], bns[1], w[2], bns[2], squeeze_excite=se)
             found = torch.autograd.grad(out.square().sum(), [inputs.x, *w, inputs.excite[0], inputs.excite[2]])
             grads[mode] = dict(enumerate(found))
     assert_same(grads["chain"], grads[None])

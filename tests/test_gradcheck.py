@@ -39,9 +39,7 @@ def away_from_kinks(case):
     """Inputs whose every pre-activation is at least 1e-3 from a kink (drawn anew until they are)."""
     for _ in range(1000):
         inputs = Inputs(case)
-        gaps = [
-            (u - kink).abs().min() for u, activation in pre_activations(inputs) for kink in KINKS[activation]
-        ]
+        gaps = [(u - kink).abs().min() for u, activation in pre_activations(inputs) for kink in KINKS[activation]]
         if all(gap > 1e-3 for gap in gaps):
             return inputs
     raise AssertionError("no inputs away from the kinks found")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from blocks import Case, Inputs, fused_modes, step, upstream_of
-from precision import assert_close, cosine
+from precision import Judge, cosine
 
 SIZES = {"n": 4, "c": 12, "e": 40, "o": 16, "h": 14, "w": 13}
 CASES = [
@@ -45,64 +45,70 @@ def offset(case, dtype):
     return exact, low
 
 
-def judge(exact, low, dtype, autocast):
+DRAWS = 7
+
+
+def judge(make, dtype, autocast, prepare=lambda exact, low: None):
     """Compare every result of every mode by the pass rule, and the gradients' directions."""
-    upstream = upstream_of(exact.call().detach())
-    want = step(exact, "native", upstream=upstream)
-    torchs = step(low, "native", autocast=autocast, upstream=upstream)
-    for backend, mode in fused_modes(exact.case):
-        ours = step(low, backend, mode, autocast=autocast, upstream=upstream)
-        for name, ref in want.items():
-            if name.startswith("num_batches"):
-                assert torch.equal(ours[name], ref)
-                continue
-            assert_close(f"{mode} {name}", ours[name], torchs[name], ref, dtype)
-            if name.startswith("d_"):
-                assert ours[name].abs().max() > 0
-                floor = 1 - 2 * (1 - cosine(torchs[name], ref)) - torch.finfo(dtype).eps
-                assert cosine(ours[name], ref) >= floor, f"{mode} {name}"
-        assert ours["out"].dtype == torchs["out"].dtype == dtype
+    verdict = Judge(dtype)
+    for _ in range(DRAWS):
+        exact, low = make()
+        prepare(exact, low)
+        upstream = upstream_of(step(exact, "native")["out"])
+        want = step(exact, "native", upstream=upstream)
+        torchs = step(low, "native", autocast=autocast, upstream=upstream)
+        for backend, mode in fused_modes(exact.case):
+            ours = step(low, backend, mode, autocast=autocast, upstream=upstream)
+            assert ours["out"].dtype == dtype
+            for name, ref in want.items():
+                if name.startswith("num_batches"):
+                    assert torch.equal(ours[name], ref)
+                    continue
+                verdict.add(f"{mode} {name}", ours[name], torchs[name], ref)
+                if name.startswith("d_"):
+                    assert ours[name].abs().max() > 0, name
+                    assert ours[name].dtype == torchs[name].dtype, name
+                    assert cosine(ours[name], ref) > 0.9, f"{mode} {name} points elsewhere"
+    verdict.verdict()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32(case):
-    judge(*rounded(case, torch.float32), torch.float32, None)
+    judge(lambda: rounded(case, torch.float32), torch.float32, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_autocast(case, dtype):
-    judge(*rounded(case, dtype), dtype, dtype)
+    judge(lambda: rounded(case, dtype), dtype, dtype)
 
 
 @pytest.mark.parametrize("case", CASES[3:], ids=str)
 def test_large_means(case):
-    judge(*offset(case, torch.bfloat16), torch.bfloat16, torch.bfloat16)
+    judge(lambda: offset(case, torch.bfloat16), torch.bfloat16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_eval_under_autocast(case):
-    exact, low = rounded(case, torch.bfloat16)
-    for bn in (*exact.bns, *low.bns):
-        bn.eval()
-    judge(exact, low, torch.bfloat16, torch.bfloat16)
+    def evaluate(*both):
+        for inputs in both:
+            for bn in inputs.bns:
+                bn.eval()
+
+    judge(lambda: rounded(case, torch.bfloat16), torch.bfloat16, torch.bfloat16, evaluate)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_tensors_without_autocast(dtype):
+@pytest.mark.parametrize("case", CASES[4:], ids=str)
+def test_low_precision_tensors_without_autocast(case, dtype):
     """x and weights already in the storage dtype, batch norms in float32 as users keep them."""
-    exact, low = rounded(CASES[4], dtype)
-    upstream = upstream_of(exact.call().detach())
-    want = step(exact, "native", upstream=upstream)
-    low.x = low.x.detach().to(dtype).requires_grad_()
-    low.weights = [w.detach().to(dtype).requires_grad_() for w in low.weights]
-    torchs = step(low, "native", upstream=upstream)
-    for backend, mode in fused_modes(low.case):
-        ours = step(low, backend, mode, upstream=upstream)
-        for name, ref in want.items():
-            if not name.startswith("num_batches"):
-                assert ours[name].dtype == torchs[name].dtype, name
-                assert_close(f"{mode} {name}", ours[name], torchs[name], ref, dtype)
+
+    def convert(exact, low):
+        low.x = low.x.detach().to(dtype).requires_grad_()
+        low.weights = [w.detach().to(dtype).requires_grad_() for w in low.weights]
+        low.excite = [t.detach().to(dtype).requires_grad_() for t in low.excite]
+
+    judge(lambda: rounded(case, dtype), dtype, None, convert)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -95,7 +95,12 @@ def test_opcheck_layouts(name, how):
     opcheck(op, sample(how=how)[name][0], test_utils=("test_schema", "test_faketensor"))
 
 
-ODD = [dict(n=1, c=1, e=1, o=1, h=1, w=1), dict(c=1, h=7, w=1), dict(n=1, c=13, e=17, o=3, h=2, w=9, k=5), dict(stride=1)]
+ODD = [
+    dict(n=1, c=1, e=1, o=1, h=1, w=1),
+    dict(c=1, h=7, w=1),
+    dict(n=1, c=13, e=17, o=3, h=2, w=9, k=5),
+    dict(stride=1),
+]
 
 
 @pytest.mark.parametrize("odd", ODD, ids=str)

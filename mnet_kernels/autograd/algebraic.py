@@ -12,9 +12,7 @@ def forward(stage, block, x, layers, weights, excite):
     expand, depthwise, project = block.layers
     w1, w2, w3 = weights
     gram, shift, bn1, mean1, var1 = expand_coefficients(stage, expand, layers[0], w1, x)
-    y2, moments = stage.expand_depthwise(
-        x, shift, w1, bn1, expand.act, w2, depthwise.stride, depthwise.batch_stats
-    )
+    y2, moments = stage.expand_depthwise(x, shift, w1, bn1, expand.act, w2, depthwise.stride, depthwise.batch_stats)
     bn2 = coefficients(stage, depthwise, layers[1], moments, y2)
     gates, gate = [], None
     if block.excite:
@@ -54,9 +52,7 @@ def backward(stage, block, grad, x, saved, weights, excite, needs_x, needs):
         return None, grads
     # B1 only reduces: g2 is rebuilt in B2 from narrow tensors rather than written and read at full width
     gate, offset = (gates[1] if gates else None), None
-    _, sums, dw3 = stage.pointwise_backward(
-        *upstream3, y2, w3, bn2, depthwise.act, gate, None, False, below, needs_w3
-    )
+    _, sums, dw3 = stage.pointwise_backward(*upstream3, y2, w3, bn2, depthwise.act, gate, None, False, below, needs_w3)
     grads[2 * PER_LAYER] = dw3 if needs_w3 else None
     if not below:
         return None, grads

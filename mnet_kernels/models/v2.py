@@ -83,9 +83,7 @@ class FusedMobileNetV2(nn.Module):
             for i in range(n):
                 features.append(block(channels, out, s if i == 0 else 1, expand_ratio=t, norm_layer=norm_layer))
                 channels = out
-        features.append(
-            FusedPointwiseConvBNAct(channels, self.last_channel, norm_layer, backend=backend, mode=mode)
-        )
+        features.append(FusedPointwiseConvBNAct(channels, self.last_channel, norm_layer, backend=backend, mode=mode))
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(p=dropout), nn.Linear(self.last_channel, num_classes))
         initialise(self)

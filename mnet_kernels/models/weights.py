@@ -64,8 +64,8 @@ def _from_file(path):
         raise FileNotFoundError(f"no weights file at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types on a damaged file
-        raise ValueError(f"{path} is not a readable torch file (damaged, or not saved by torch.save): {error}") from error
+    except Exception as error:  # torch raises many types here
+        raise ValueError(f"{path} is no readable torch file (damaged, or not from torch.save): {error}") from error
     # a training checkpoint holds the model's state under "model" or "state_dict"
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

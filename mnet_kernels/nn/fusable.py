@@ -112,7 +112,7 @@ def squeeze_excite_params(module):
 
 
 def as_leaf(module, x):
-    """Under torch.fx tracing a fused module stays one node (``call_module``), so that the traced graph runs it fused."""
+    """Under torch.fx tracing a fused module stays one node, so that the traced graph runs it fused."""
     tracer = x.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 

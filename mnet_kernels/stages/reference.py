@@ -205,9 +205,7 @@ def depthwise_backward(
     return gx, sums, (_fresh(dw) if needs_dw else _none(x))
 
 
-def pointwise_backward(
-    grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw
-):
+def pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw):
     _, dy = _upstream(grad, y, y_bn, coef, y_act)
     gx, sums, dw = x.new_empty(0), _none(x), _none(x)
     if needs_dw:
