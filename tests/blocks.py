@@ -147,7 +147,10 @@ CASES = [
     *(Case("pointwise_conv_bn_act", activation=a) for a in ACTIVATIONS),
     *(Case("separable_conv", k, s, a) for k in (3, 5) for s in (1, 2) for a in ("relu6", "hardswish")),
     *(Case(kernel=k, stride=s, activation=a) for k in (3, 5) for s in (1, 2) for a in ACTIVATIONS),
-    *(Case(kernel=k, stride=s, activation=a, excite=True) for k in (3, 5) for s in (1, 2) for a in ("relu", ACTIVATIONS[3])),
+    *(
+        Case(kernel=k, stride=s, activation=a, excite=True)
+        for k in (3, 5) for s in (1, 2) for a in ("relu", "hardswish")
+    ),
     *(Case(kernel=k, activation=a, residual=True, excite=x) for k in (3, 5) for a in ACTIVATIONS[2:] for x in (0, 1)),
     *(Case(stride=s, residual=s == 1, expand=False, excite=x, activation="relu") for s in (1, 2) for x in (0, 1)),
 ]  # fmt: skip
