@@ -12,6 +12,8 @@ Every function raises TypeError on a wrong type or dtype, ValueError on a wrong 
 single value per channel when training, as torch does), BackendUnavailableError on a backend that cannot run here.
 """
 
+from functools import partial
+
 import torch
 
 from . import checks, schema
@@ -191,10 +193,15 @@ def _run_fused(x, layers, residual, se, choice):
     if se is not None:
         tensors += se
     x = x.contiguous(memory_format=torch.channels_last)
-    out, *stats = FusedBlock.apply(block, x, *tensors)
-    update = stage(choice.backend).update_running_stats
-    batch_norms = [layer.bn for layer in layers if layer.bn.batch_stats]
+    update = partial(_update_running_stats, stage(choice.backend), [c.bn for c in layers if c.bn.batch_stats])
+    if torch.compiler.is_compiling():  # a traced autograd.Function may not change buffers
+        out, *stats = FusedBlock.apply(block, None, x, *tensors)
+        update(stats)
+        return out
+    return FusedBlock.apply(block, update, x, *tensors)[0]
+
+
+def _update_running_stats(stages, batch_norms, stats):
     for bn, mean, var in zip(batch_norms, stats[::2], stats[1::2], strict=True):
         if bn.updates:
-            update(bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, bn.momentum)
-    return out
+            stages.update_running_stats(bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, bn.momentum)

@@ -83,13 +83,20 @@ def build_parser():
     add("--limit-train", type=_number(int, 2), metavar="N", help="use only the first N training images")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=_number(int, 1), default=20, metavar="N", help="epochs")
+    add("--epochs", type=_number(int, 1), default=12, metavar="N", help="epochs")
     add("--batch-size", type=_number(int, 2), default=32, metavar="N", help="images a step")
-    add("--lr", type=_number(float, 0, low_ok=False), default=0.05, help="peak learning rate (SGD, cosine to 0)")
+    add("--lr", type=_number(float, 0, low_ok=False), default=0.1, help="peak learning rate (SGD, cosine to 0)")
     add("--warmup-epochs", type=_number(float, 0), default=2.0, metavar="N", help="epochs of linear warm-up")
     add("--momentum", type=_number(float, 0, 1), default=0.9, help="Nesterov momentum; 0 is plain SGD")
     add("--weight-decay", type=_number(float, 0), default=1e-4, help="not applied to batch norm and biases")
     add("--label-smoothing", type=_number(float, 0, 1), default=0.1, help="label smoothing")
+    add(
+        "--clip-grad",
+        type=_number(float, 0),
+        default=1.0,
+        metavar="X",
+        help="largest norm of the gradient; 0 is no limit",
+    )
     add("--seed", type=_number(int, 0, 2**31 - 1), default=0, help="seed of weights, order, augmentation, dropout")
 
     add = parser.add_argument_group("how it computes").add_argument

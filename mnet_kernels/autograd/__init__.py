@@ -67,20 +67,23 @@ def autocast_off(device_type):
 
 
 class FusedBlock(torch.autograd.Function):
-    """``apply(block, x, *tensors) -> (out, mean_1, var_1, ...)``.
+    """``apply(block, on_stats, x, *tensors) -> (out, mean_1, var_1, ...)``.
 
     ``tensors``: PER_LAYER a layer, then squeeze-excite's four if ``block.excite``.  x: [N, C, H, W] in channels_last
-    memory and the storage dtype; weights in any dtype (rounded to the storage dtype here, their gradients come back
-    in their own).  mean and (unbiased) variance of every layer with batch statistics are for the running statistics and
-    carry no gradient.
+    memory and the storage dtype; weights in any dtype (rounded to the storage dtype here, their gradients come
+    back in their own).  mean and (unbiased) variance of every layer with batch statistics are for the running ones and
+    carry no gradient.  ``on_stats`` (or None) is called with them before anything is saved for backward: there
+    activation checkpointing stops its recomputation, and the running statistics must have moved by then, as torch's do.
     """
 
     @staticmethod
-    def forward(ctx, block, x, *tensors):
+    def forward(ctx, block, on_stats, x, *tensors):
         layers = [tensors[i * PER_LAYER : (i + 1) * PER_LAYER] for i in range(len(block.layers))]
         excite = tensors[len(layers) * PER_LAYER :]
         weights = [t[0].to(x.dtype) for t in layers]
         out, saved, stats = _MODES[block.mode].forward(stage(block.backend), block, x, layers, weights, excite)
+        if on_stats is not None:
+            on_stats(stats)
         ctx.block = block
         ctx.saved_count = len(saved)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
@@ -91,7 +94,7 @@ class FusedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        nothing = (None,) * (2 + len(ctx.dtypes))
+        nothing = (None,) * (3 + len(ctx.dtypes))
         if grad is None:
             return nothing
         block, count = ctx.block, len(ctx.block.layers)
@@ -99,13 +102,13 @@ class FusedBlock(torch.autograd.Function):
         saved, rest = rest[: ctx.saved_count], rest[ctx.saved_count :]
         weights, excite = rest[:count], rest[count:]
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         with autocast_off(x.device.type):
             dx, grads = _MODES[block.mode].backward(
                 stage(block.backend), block, grad, x, saved, weights, excite, needs[0], needs[1:]
             )
         grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
-        result = (None, dx, *grads)
+        result = (None, None, dx, *grads)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _refuse_second_derivative(result)
         return result

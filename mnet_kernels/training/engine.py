@@ -34,6 +34,7 @@ class Config:
     momentum: float
     weight_decay: float
     label_smoothing: float
+    clip_grad: float
     warmup_epochs: float
     seed: int
     amp: str
@@ -151,6 +152,9 @@ class Trainer:
                 checked = i + 1
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
+            if self.config.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.step += 1
