@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from . import backends
-from .backends import BackendUnavailableError
+from .backends import BackendUnavailableError, compiled
 from .log import say_once
 
 BACKENDS = ("auto", *backends.NAMES)
@@ -110,8 +110,8 @@ def choose(device, dtype, backend=None, mode=None, expands=False):
     mode, _ = _requested(1, mode, MODES, "mode")
     # No measured rows yet: chain is the rule, and algebraic runs where it is asked for.
     choice = decide(name, who, device, dtype, "algebraic" if mode == "algebraic" and expands else "chain")
-    if not torch.compiler.is_compiling():
-        say_once(choice.message, choice.level)
+    if not torch.compiler.is_compiling() and say_once(choice.message, choice.level):
+        say_once(compiled.describe())
     return choice
 
 
