@@ -35,6 +35,11 @@ CPU_SOURCES = (
     "csrc/cpu/depthwise_avx2.cpp",
     "csrc/cpu/depthwise_avx512.cpp",
     "csrc/cpu/depthwise_torch.cpp",
+    "csrc/cpu/pointwise.cpp",
+    "csrc/cpu/pointwise_default.cpp",
+    "csrc/cpu/pointwise_avx2.cpp",
+    "csrc/cpu/pointwise_avx512.cpp",
+    "csrc/cpu/pointwise_torch.cpp",
 )
 CUDA_SOURCES = (
     "csrc/cuda/depthwise.cu",
