@@ -25,21 +25,17 @@ struct UpstreamTables {
 template <typename Storage, typename Act>
 void upstream_rows(const typename Storage::Lane* grad, const typename Storage::Lane* y, int rows, int channels,
                    const UpstreamTables& t, float* tile, int64_t stride) {
-  for_blocks<kRowsTogether>(0, rows, [&](auto block, int row) __attribute__((always_inline)) {
+  for (int row = 0; row < rows; ++row) {
     for_vectors(channels, [&](auto partial, int e, int valid) __attribute__((always_inline)) {
       constexpr bool kPartial = decltype(partial)::value;
-      const Vec scale = load_vec(t.scale + e), shift = load_vec(t.shift + e), mean = load_vec(t.mean + e);
-      const Vec b = load_vec(t.b + e), c = load_vec(t.c + e);
-      MNET_UNROLL
-      for (int i = 0; i < decltype(block)::value; ++i) {
-        const int64_t at = int64_t{row + i} * channels + e;
-        const Vec value = load_map<Storage, kPartial>(y + at, valid);
-        Vec g = load_map<Storage, kPartial>(grad + at, valid);
-        if constexpr (Act::kCode != Activation::kIdentity) g = g * Act::bwd(Vec(scale * value + shift));
-        store_vec(tile + (row + i) * stride + e, Storage::round(scale * g + b * (value - mean) + c));
-      }
+      const int64_t at = int64_t{row} * channels + e;
+      const Vec scale = load_vec(t.scale + e), b = load_vec(t.b + e), c = load_vec(t.c + e);
+      const Vec value = load_map<Storage, kPartial>(y + at, valid);
+      Vec g = load_map<Storage, kPartial>(grad + at, valid);
+      if constexpr (Act::kCode != Activation::kIdentity) g = g * Act::bwd(Vec(scale * value + load_vec(t.shift + e)));
+      store_vec(tile + row * stride + e, Storage::round(scale * g + b * (value - load_vec(t.mean + e)) + c));
     });
-  });
+  }
 }
 
 // One vector of a panel's columns, over rows of one tile.
@@ -182,10 +178,23 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
       upstream_rows<Storage, decltype(act)>(static_cast<const Lane*>(p.grad) + row * p.e,
                                             static_cast<const Lane*>(p.y) + row * p.e, rows, p.e, upstream, tile, stride);
     });
+    Ahead ahead;
+    if (const int64_t next = row + rows; next < unit.row_end) {
+      const int64_t count = least<int64_t>(plan.tile_rows, unit.row_end - next);
+      ahead.add(static_cast<const Lane*>(p.grad) + next * p.e, count * p.e * sizeof(Lane));
+      ahead.add(static_cast<const Lane*>(p.y) + next * p.e, count * p.e * sizeof(Lane));
+      if (plan.blocks == 1) {
+        ahead.add(static_cast<const Lane*>(p.x) + next * p.c, count * p.c * sizeof(Lane));
+        if (p.gx != nullptr) ahead.add(static_cast<const Lane*>(p.gx) + next * p.c, count * p.c * sizeof(Lane));
+      }
+      const int blocks = (needs_product ? rows / kRowBlock + 1 : 0) + (partial_dw != nullptr ? p.e / kRowBlock + 1 : 0);
+      ahead.spread(int64_t{unit.panel_end - unit.panel_begin} * blocks);
+    }
     for (int panel = unit.panel_begin; panel < unit.panel_end; ++panel) {
       const int column = panel * kPanel, used = least(kPanel, p.c - column);
       if (needs_product) {
-        multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.e, p.e, rows, used, product);
+        multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.e, p.e, rows, used, product,
+                      ahead);
       }
       with_activation(p.act, [&](auto act) {
         for_vectors(used, [&](auto partial, int c, int valid) {
@@ -210,7 +219,7 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
       });
       if (partial_dw != nullptr) {
         multiply_panel<true>(tile, stride, activated, rows, p.e, used, partial_dw + int64_t{column} * p.e,
-                             row > unit.row_begin);
+                             row > unit.row_begin, ahead);
       }
     }
   }

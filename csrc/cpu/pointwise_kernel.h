@@ -24,30 +24,45 @@ void pointwise_pack_panel(const void* weight, Dtype dtype, int64_t stride_k, int
   });
 }
 
-// Moments of a run of values of kLanes channels, to be merged into `mean` and `m2` of `flushed` positions.
+// Sums of a run of values of kLanes channels about `shift`: for a unit's first run the mean of some of its values, then
+// the mean so far (moments.h: the closer to the mean, the less is lost; a constant channel has it exactly).
 struct RunMoments {
   Vec shift, sum1, sum2;
 
   void merge(int64_t flushed, int run, double* mean, double* m2) const {
     const double weight = static_cast<double>(run) / static_cast<double>(flushed + run);
-    const auto count = static_cast<float>(run);
     float a[kLanes], b[kLanes], c[kLanes];
     store_vec(a, shift);
     store_vec(b, sum1);
     store_vec(c, sum2);
     for (int i = 0; i < kLanes; ++i) {
-      const Moments<float> m = from_shifted<float>(count, a[i], b[i], c[i]);
+      const Moments<double> m = from_shifted<double>(run, a[i], b[i], c[i]);
       chan_update<double>(mean[i], m2[i], static_cast<double>(flushed), m.mean, m.m2, weight);
     }
   }
 };
 
-// Rounds and stores one vector of a panel's columns; with kMoments, adds the stored values up.
+template <typename Storage>
+Vec shift_of_first_run(const float* result, int rows) {
+  const int count = least(rows, 8);
+  const Vec first = Storage::round(load_vec(result));
+  Vec sum = Vec{};
+  for (int row = 1; row < count; ++row) sum = sum + (Storage::round(load_vec(result + row * kPanel)) - first);
+  return first + sum * (1.f / static_cast<float>(count));
+}
+
+inline Vec shift_of_later_run(const double* mean) {
+  Vec shift{};
+  for (int i = 0; i < kLanes; ++i) shift[i] = static_cast<float>(mean[i]);
+  return shift;
+}
+
+// Rounds and stores one vector of a panel's columns; with kMoments, adds the stored values up about run->shift.
 template <typename Storage, bool kPartial, bool kMoments>
 void store_column(const float* result, int rows, typename Storage::Lane* y, int64_t pitch, int valid, RunMoments* run) {
   // Two sums of each kind: one would wait for its own last addition.
-  Vec shift{}, sum1[2] = {}, sum2[2] = {};
-  if constexpr (kMoments) shift = Storage::round(load_vec(result));
+  const Vec shift = kMoments ? run->shift : Vec{};
+  Vec sum1[2] = {}, sum2[2] = {};
   const auto emit = [&](int row, int which) __attribute__((always_inline)) {
     const Vec stored = store_map<Storage, kPartial>(y + row * pitch, load_vec(result + row * kPanel), valid);
     if constexpr (kMoments) {
@@ -85,20 +100,29 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
     const int rows = static_cast<int>(least<int64_t>(plan.tile_rows, unit.row_end - row));
     activate_tile<Storage>(static_cast<const Lane*>(p.x), row, rows, p.c, scale, shift, p.act, p.gate,
                            p.image_positions, tile, stride);
+    Ahead ahead;
+    if (const int64_t next = row + rows; next < unit.row_end) {
+      const int64_t count = least<int64_t>(plan.tile_rows, unit.row_end - next);
+      ahead.add(static_cast<const Lane*>(p.x) + next * p.c, count * p.c * sizeof(Lane));
+      if (plan.blocks == 1) ahead.add(static_cast<const Lane*>(p.y) + next * p.e, count * p.e * sizeof(Lane));
+      ahead.spread(int64_t{unit.panel_end - unit.panel_begin} * (rows / kRowBlock + 1));
+    }
     for (int panel = unit.panel_begin; panel < unit.panel_end; ++panel) {
       const int column = panel * kPanel, used = least(kPanel, p.e - column);
-      multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.c, p.c, rows, used, result);
+      multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.c, p.c, rows, used, result,
+                    ahead);
       Lane* to = static_cast<Lane*>(p.y) + row * p.e + column;
       for_vectors(used, [&](auto partial, int c, int valid) {
         constexpr bool kPartial = decltype(partial)::value;
-        RunMoments run;
+        RunMoments run{};
         if (mean == nullptr) {
           store_column<Storage, kPartial, false>(result + c, rows, to + c, p.e, valid, &run);
-        } else {
-          store_column<Storage, kPartial, true>(result + c, rows, to + c, p.e, valid, &run);
-          double* at = mean + column + c;
-          run.merge(row - unit.row_begin, rows, at, at + plan.padded_columns());
+          return;
         }
+        double* at = mean + column + c;
+        run.shift = row == unit.row_begin ? shift_of_first_run<Storage>(result + c, rows) : shift_of_later_run(at);
+        store_column<Storage, kPartial, true>(result + c, rows, to + c, p.e, valid, &run);
+        run.merge(row - unit.row_begin, rows, at, at + plan.padded_columns());
       });
     }
   }

@@ -58,26 +58,20 @@ MNET_HD void for_vectors(int columns, F&& f) {
   if (column < columns) f(Flag<true>{}, column, columns - column);
 }
 
-constexpr int kRowsTogether = 4;  // rows that share a load of the coefficients
-
 template <typename Storage, typename Act, bool kNormalized, bool kGated>
 void activate_rows(const typename Storage::Lane* x, int rows, int channels, const float* scale, const float* shift,
                    const float* gate, float* tile, int64_t stride) {
-  for_blocks<kRowsTogether>(0, rows, [&](auto block, int row) __attribute__((always_inline)) {
+  // Row by row, although rows could share a load of the coefficients: memory is read in its order.
+  for (int row = 0; row < rows; ++row) {
     for_vectors(channels, [&](auto partial, int c, int valid) __attribute__((always_inline)) {
       constexpr bool kPartial = decltype(partial)::value;
-      const Vec a = kNormalized ? load_vec(scale + c) : Vec{}, b = kNormalized ? load_vec(shift + c) : Vec{};
-      const Vec factor = kGated ? load_lanes<kPartial, float, Vec>(gate + c, valid) : Vec{};
-      MNET_UNROLL
-      for (int i = 0; i < decltype(block)::value; ++i) {
-        Vec z = load_map<Storage, kPartial>(x + int64_t{row + i} * channels + c, valid);
-        if constexpr (kNormalized) z = Act::fwd(Vec(a * z + b));
-        if constexpr (kGated) z = z * factor;
-        if constexpr (kNormalized || kGated) z = Storage::round(z);
-        store_vec(tile + (row + i) * stride + c, z);
-      }
+      Vec z = load_map<Storage, kPartial>(x + int64_t{row} * channels + c, valid);
+      if constexpr (kNormalized) z = Act::fwd(Vec(load_vec(scale + c) * z + load_vec(shift + c)));
+      if constexpr (kGated) z = z * load_lanes<kPartial, float, Vec>(gate + c, valid);
+      if constexpr (kNormalized || kGated) z = Storage::round(z);
+      store_vec(tile + row * stride + c, z);
     });
-  });
+  }
 }
 
 // z = act(scale * x + shift) [* gate] of rows [row, row + rows), rounded to storage; scale nullptr: x as it is.
