@@ -35,6 +35,17 @@ CPU_SOURCES = (
     "csrc/cpu/depthwise_avx2.cpp",
     "csrc/cpu/depthwise_avx512.cpp",
     "csrc/cpu/depthwise_torch.cpp",
+    "csrc/cpu/depthwise_backward.cpp",
+    "csrc/cpu/depthwise_backward_default.cpp",
+    "csrc/cpu/depthwise_backward_avx2.cpp",
+    "csrc/cpu/depthwise_backward_avx512.cpp",
+    "csrc/cpu/depthwise_backward_torch.cpp",
+    "csrc/cpu/normalize.cpp",
+    "csrc/cpu/normalize_default.cpp",
+    "csrc/cpu/normalize_avx2.cpp",
+    "csrc/cpu/normalize_avx512.cpp",
+    "csrc/cpu/normalize_torch.cpp",
+    "csrc/cpu/finalize_torch.cpp",
 )
 CUDA_SOURCES = (
     "csrc/cuda/depthwise.cu",

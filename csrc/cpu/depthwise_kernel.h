@@ -36,15 +36,6 @@ struct DepthwiseTraits {
   static_assert(kColumns <= kRunLength, "a row of a tile fits in one run");
 };
 
-template <typename T>
-struct Scratch {
-  static constexpr std::align_val_t kAlignment{alignof(T)};
-  T* memory;
-  explicit Scratch(int count) : memory(static_cast<T*>(::operator new(sizeof(T) * count, kAlignment))) {}
-  ~Scratch() { ::operator delete(memory, kAlignment); }
-  Scratch(const Scratch&) = delete;
-};
-
 // One vector of channels of a unit.
 template <typename Traits>
 struct alignas(64) DepthwiseLanes {

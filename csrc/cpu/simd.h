@@ -10,11 +10,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #if defined(MNET_CPU_F16C)
 #include <immintrin.h>
 #endif
 
+#include "../common/params.h"
 #include "../common/portability.h"
 
 namespace mnet::cpu::MNET_CPU_NAMESPACE {
@@ -134,6 +136,67 @@ struct Float16 {
     raw[0] = static_cast<const uint16_t*>(p)[i];
     return unpack(raw)[0];
   }
+};
+
+// Calls f with the storage of a run-time dtype.
+template <typename F>
+MNET_HD void with_storage(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return f(BFloat16{});
+    case Dtype::kFloat16:
+      return f(Float16{});
+    default:
+      return f(Float32{});
+  }
+}
+
+template <bool value_>
+struct Flag {
+  static constexpr bool value = value_;
+};
+template <int value_>
+struct Size {
+  static constexpr int value = value_;
+};
+
+// f(Size<kBlock>, i) for whole blocks of [begin, end), then f(Size<1>, i) for each of the rest.
+template <int kBlock, typename Index, typename F>
+MNET_HD void for_blocks(Index begin, Index end, F&& f) {
+  for (; begin + kBlock <= end; begin += kBlock) f(Size<kBlock>{}, begin);
+  for (; begin < end; ++begin) f(Size<1>{}, begin);
+}
+
+template <typename Storage, bool kPartial>
+MNET_HD Vec load_map(const typename Storage::Lane* from, int valid) {
+  return Storage::unpack(load_lanes<kPartial, typename Storage::Lane, typename Storage::Raw>(from, valid));
+}
+
+// Rounds and stores; returns the stored value.
+template <typename Storage, bool kPartial>
+MNET_HD Vec store_map(typename Storage::Lane* to, Vec v, int valid) {
+  const typename Storage::Raw raw = Storage::pack(v);
+  copy_lanes<kPartial, typename Storage::Lane>(to, &raw, valid);
+  return Storage::unpack(raw);
+}
+
+// to[i] += v[i]: a float32 run is added to its double.
+MNET_HD void add_lanes(double* to, Vec v, int valid) {
+  if (valid == kLanes) {
+    for (int i = 0; i < kLanes; ++i) to[i] += static_cast<double>(v[i]);
+  } else {
+    for (int i = 0; i < valid; ++i) to[i] += static_cast<double>(v[i]);
+  }
+}
+
+// Uninitialised memory of a unit, aligned for T.
+template <typename T>
+struct Scratch {
+  static constexpr std::align_val_t kAlignment{alignof(T)};
+  T* memory;
+  explicit Scratch(int64_t count) : memory(static_cast<T*>(::operator new(sizeof(T) * count, kAlignment))) {}
+  ~Scratch() { ::operator delete(memory, kAlignment); }
+  Scratch(const Scratch&) = delete;
 };
 
 }  // namespace mnet::cpu::MNET_CPU_NAMESPACE
