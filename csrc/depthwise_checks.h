@@ -26,6 +26,16 @@ inline Dtype storage_dtype(const char* op, const at::Tensor& x) {
   }
 }
 
+inline void check_depthwise_weight(const char* op, const at::Tensor& weight, const at::Tensor& x) {
+  const int64_t c = x.size(1);
+  TORCH_CHECK(weight.dim() == 4 && weight.size(0) == c && weight.size(1) == 1 && weight.size(2) == weight.size(3) &&
+                  (weight.size(2) == 3 || weight.size(2) == 5),
+              op, ": weight has shape ", weight.sizes(), ", expected [", c, ", 1, k, k] with k 3 or 5");
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op, ": weight has dtype ", weight.scalar_type(),
+              ", expected x's ", x.scalar_type(), "; cast it (weight.to(x.dtype))");
+  TORCH_CHECK(weight.device() == x.device(), op, ": weight is on ", weight.device(), ", expected x's ", x.device());
+}
+
 struct DepthwiseCall {
   at::Tensor y;
   at::Tensor moments;
@@ -46,12 +56,7 @@ inline DepthwiseCall prepare_depthwise(const at::Tensor& x, const at::Tensor& we
   TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast), "depthwise: x has shape ", x.sizes(), " and strides ",
               x.strides(), ", expected channels_last memory; call x.contiguous(memory_format=torch.channels_last)");
 
-  TORCH_CHECK(weight.dim() == 4 && weight.size(0) == c && weight.size(1) == 1 && weight.size(2) == weight.size(3) &&
-                  (weight.size(2) == 3 || weight.size(2) == 5),
-              "depthwise: weight has shape ", weight.sizes(), ", expected [", c, ", 1, k, k] with k 3 or 5");
-  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "depthwise: weight has dtype ", weight.scalar_type(),
-              ", expected x's ", x.scalar_type(), "; cast it (weight.to(x.dtype))");
-  TORCH_CHECK(weight.device() == x.device(), "depthwise: weight is on ", weight.device(), ", expected x's ", x.device());
+  check_depthwise_weight("depthwise", weight, x);
 
   TORCH_CHECK(stride == 1 || stride == 2, "depthwise: stride is ", stride, ", expected 1 or 2");
   TORCH_CHECK(act >= 0 && act < kNumActivations, "depthwise: act is ", act, ", expected an index from 0 to ",

@@ -1,0 +1,396 @@
+// The depthwise backward kernel of one capability (see simd.h for how it is included).
+//
+// Both gradients are taken from the input's side.  At input (ih, iw) the outputs that read it are a window of dy, and
+//   gz(ih, iw) = sum over taps of w(kh, kw) dy(oh, ow),   dW(kh, kw) += z(ih, iw) dy(oh, ow),   oh = (ih + pad - kh) / s,
+// so that one load of dy serves both, and z needs neither a halo nor a ring: it is rebuilt from x once.
+//
+// Memory plan.  A unit walks down its input rows in tiles of kColumns columns.  Per vector of channels a ring holds
+// the rows of dy that an input row looks at, float32, zero where a column lies outside the image (rows outside are left
+// out of the sum).  An input row goes by in strips of kStrip columns: z from x, the two gradients, then mask, rounding,
+// store and sums.  Maps are read and written kBlock positions at a time, all vectors of the block of channels in turn, so
+// that memory is met in long pieces; only the ring, in the first-level cache (k 3, stride 1, 64 channels: 26 KiB), is
+// walked vector by vector.  Sums and dW stay in float32 for kRunLength positions and are then added to doubles.
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+#include "../common/params.h"
+#include "depthwise_backward.h"
+#include "simd.h"
+
+namespace mnet::cpu::MNET_CPU_NAMESPACE {
+
+template <int kKernel_, int kStride_>
+struct BackwardShape {
+  static constexpr int kKernel = kKernel_;
+  static constexpr int kStride = kStride_;
+  static constexpr int kPad = kKernel / 2;
+  static constexpr int kTaps = kKernel * kKernel;
+  static constexpr int kRing = (kKernel + kStride - 1) / kStride;  // rows of dy an input row may look at
+  static constexpr int kColumns = 32;                              // input columns of a tile
+  static constexpr int kStrip = 16;
+  static constexpr int kBlock = 4;
+  static constexpr int kLeft = kPad / kStride;
+  static constexpr int kRight = (kBlock - 1 + kPad) / kStride - (kBlock / kStride - 1);
+  static constexpr int kDyColumns = kColumns / kStride + kLeft + kRight;
+  static constexpr int kRunLength = 256;
+
+  static_assert(kKernel == 3 || kKernel == 5, "supported kernels");
+  static_assert(kStride == 1 || kStride == 2, "supported strides");
+  static_assert(kColumns % kStrip == 0 && kStrip % kBlock == 0, "strips are whole blocks");
+  static_assert(kBlock % kStride == 0, "a block starts at a column that an output is centred on");
+  static_assert(kColumns <= kRunLength, "a row of a tile fits in one run");
+  static_assert(DepthwiseBackwardPlan::kChannelBlock % kLanes == 0, "a channel block is whole vectors");
+};
+
+// The coefficients of one vector of channels.
+struct alignas(64) BackwardLanes {
+  Vec y_scale, y_shift, y_mean, b, c;
+  Vec scale, shift, mean;
+  Vec sum, sum_x;  // of the current run
+  int channel;     // the first
+  int valid;       // lanes in use
+};
+
+// What a unit keeps, an array a vector of channels each.
+template <typename Shape>
+struct alignas(64) BackwardTile {
+  Vec dy[Shape::kRing][Shape::kDyColumns];
+  Vec z[Shape::kStrip];
+  Vec gz[Shape::kStrip];
+  Vec weight[Shape::kTaps];
+  Vec dw[Shape::kTaps];  // of the current run
+};
+
+// Vectors [begin, end) of a unit: whole ones, or the one in part.
+struct Vectors {
+  BackwardLanes* lanes;
+  int begin;
+  int end;
+};
+
+// Columns [begin, end) of one row of dy; vector v's go to out + v * pitch.  grad and y point to the row, gate and offset
+// to the image's.
+template <typename Storage, bool kGated, bool kPartial>
+void load_dy(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* grad,
+             const typename Storage::Lane* y, const float* gate, const float* offset, int64_t column, int count, Vec* out,
+             int64_t pitch) {
+  with_activation(p.y_act, [&](auto act) {
+    for_blocks<4>(0, count, [&](auto block, int j) {
+      for (int v = vectors.begin; v < vectors.end; ++v) {
+        const BackwardLanes& k = vectors.lanes[v];
+        const Vec scale = k.y_scale, shift = k.y_shift, mean = k.y_mean, b = k.b, c = k.c;
+        Vec times = Vec{} + 1.f, plus = Vec{};
+        if constexpr (kGated) {
+          if (gate != nullptr) times = load_lanes<kPartial, float, Vec>(gate + k.channel, k.valid);
+          if (offset != nullptr) plus = load_lanes<kPartial, float, Vec>(offset + k.channel, k.valid);
+        }
+        MNET_UNROLL
+        for (int i = 0; i < decltype(block)::value; ++i) {
+          const int64_t at = (column + j + i) * p.c + k.channel;
+          const Vec value = load_map<Storage, kPartial>(y + at, k.valid);
+          Vec g = load_map<Storage, kPartial>(grad + at, k.valid);
+          if constexpr (kGated) g = times * g + plus;
+          g = g * decltype(act)::bwd(Vec(scale * value + shift));
+          out[v * pitch + j + i] = Storage::round(scale * g + b * (value - mean) + c);
+        }
+      }
+    });
+  });
+}
+
+// z = act(bn(x)), rounded, of `count` columns from `x` on.
+template <typename Storage, bool kPartial>
+void load_z(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* x, int count, Vec* out,
+            int64_t pitch) {
+  const auto fill = [&](auto prologue) {
+    for_blocks<4>(0, count, [&](auto block, int j) {
+      for (int v = vectors.begin; v < vectors.end; ++v) {
+        const BackwardLanes& k = vectors.lanes[v];
+        const Vec scale = k.scale, shift = k.shift;
+        MNET_UNROLL
+        for (int i = 0; i < decltype(block)::value; ++i) {
+          const Vec value = load_map<Storage, kPartial>(x + int64_t{j + i} * p.c + k.channel, k.valid);
+          out[v * pitch + j + i] = prologue(value, scale, shift);
+        }
+      }
+    });
+  };
+  if (p.bn == nullptr) {
+    fill([](Vec value, Vec, Vec) { return value; });
+  } else {
+    with_activation(p.act, [&](auto act) {
+      fill([](Vec value, Vec scale, Vec shift) { return Storage::round(decltype(act)::fwd(Vec(scale * value + shift))); });
+    });
+  }
+}
+
+// Masks gz (or adds the residual), rounds, stores, and sums the stored values.
+template <typename Storage, bool kPartial>
+void store_gx(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* x,
+              const typename Storage::Lane* residual, typename Storage::Lane* gx, int count, const Vec* gz, int64_t pitch) {
+  if (p.bn == nullptr) {
+    for_blocks<4>(0, count, [&](auto block, int j) {
+      for (int v = vectors.begin; v < vectors.end; ++v) {
+        const BackwardLanes& k = vectors.lanes[v];
+        MNET_UNROLL
+        for (int i = 0; i < decltype(block)::value; ++i) {
+          const int64_t at = int64_t{j + i} * p.c + k.channel;
+          Vec value = gz[v * pitch + j + i];
+          if (residual != nullptr) value = value + load_map<Storage, kPartial>(residual + at, k.valid);
+          store_map<Storage, kPartial>(gx + at, value, k.valid);
+        }
+      }
+    });
+    return;
+  }
+  with_activation(p.act, [&](auto act) {
+    for_blocks<4>(0, count, [&](auto block, int j) {
+      for (int v = vectors.begin; v < vectors.end; ++v) {
+        BackwardLanes& k = vectors.lanes[v];
+        const Vec scale = k.scale, shift = k.shift, mean = k.mean;
+        Vec sum = k.sum, sum_x = k.sum_x;
+        MNET_UNROLL
+        for (int i = 0; i < decltype(block)::value; ++i) {
+          const int64_t at = int64_t{j + i} * p.c + k.channel;
+          const Vec value = load_map<Storage, kPartial>(x + at, k.valid);
+          const Vec masked = gz[v * pitch + j + i] * decltype(act)::bwd(Vec(scale * value + shift));
+          const Vec stored = store_map<Storage, kPartial>(gx + at, masked, k.valid);
+          sum = sum + stored;
+          sum_x = sum_x + stored * (value - mean);
+        }
+        k.sum = sum;
+        k.sum_x = sum_x;
+      }
+    });
+  });
+}
+
+// A row of the kernel that meets the image: its weights and gradients, and the row of dy that it looks at.
+struct KernelRow {
+  int kernel_row;
+  int slot;
+};
+
+// gz and dW of kBlock_ neighbouring columns, the first one even within the tile: `column` there, `strip` in the strip.
+template <typename Shape, int kBlock_, bool kDx, bool kDw>
+MNET_HD void gradients(BackwardTile<Shape>& t, const KernelRow* rows, int num_rows, int column, int strip) {
+  constexpr int kKernel = Shape::kKernel, kStride = Shape::kStride, kPad = Shape::kPad;
+  constexpr int kInputs = Shape::kLeft + (kBlock_ - 1 + kPad) / kStride + 1;
+  Vec gz[kBlock_], z[kBlock_];
+  MNET_UNROLL
+  for (int b = 0; b < kBlock_; ++b) {
+    gz[b] = Vec{};
+    if constexpr (kDw) z[b] = t.z[strip + b];
+  }
+  for (int r = 0; r < num_rows; ++r) {
+    const Vec* dy = t.dy[rows[r].slot] + column / kStride;
+    const Vec* weight = t.weight + rows[r].kernel_row * kKernel;
+    Vec* total = t.dw + rows[r].kernel_row * kKernel;
+    Vec dw[kKernel];
+    MNET_UNROLL
+    for (int j = 0; kDw && j < kKernel; ++j) dw[j] = total[j];
+    MNET_UNROLL
+    for (int i = 0; i < kInputs; ++i) {
+      const Vec value = dy[i];
+      MNET_UNROLL
+      for (int b = 0; b < kBlock_; ++b) {
+        const int j = b + kPad - (i - Shape::kLeft) * kStride;  // the tap through which column b reaches this output
+        if (j < 0 || j >= kKernel) continue;
+        if constexpr (kDx) gz[b] = gz[b] + value * weight[j];
+        if constexpr (kDw) dw[j] = dw[j] + value * z[b];
+      }
+    }
+    MNET_UNROLL
+    for (int j = 0; kDw && j < kKernel; ++j) total[j] = dw[j];
+  }
+  MNET_UNROLL
+  for (int b = 0; kDx && b < kBlock_; ++b) t.gz[strip + b] = gz[b];
+}
+
+template <typename Shape, bool kDx, bool kDw>
+void strip_gradients(BackwardTile<Shape>* tiles, int num_vectors, const KernelRow* rows, int num_rows, int column,
+                     int count) {
+  for (int v = 0; v < num_vectors; ++v) {
+    BackwardTile<Shape>& t = tiles[v];
+    int j = 0;
+    for (; j + Shape::kBlock <= count; j += Shape::kBlock) gradients<Shape, 4, kDx, kDw>(t, rows, num_rows, column + j, j);
+    if (j + 2 <= count) {
+      gradients<Shape, 2, kDx, kDw>(t, rows, num_rows, column + j, j);
+      j += 2;
+    }
+    if (j < count) gradients<Shape, 1, kDx, kDw>(t, rows, num_rows, column + j, j);
+  }
+}
+
+inline void init_lanes(BackwardLanes& k, const DepthwiseBackwardParams& p, int channel, int channel_end) {
+  k.channel = channel;
+  k.valid = least(kLanes, channel_end - channel);
+  const auto row = [&](const float* table, int64_t i) {
+    return load_lanes<true, float, Vec>(table + i * p.c + channel, k.valid);
+  };
+  k.y_scale = row(p.y_bn, 0);
+  k.y_shift = row(p.y_bn, 1);
+  k.y_mean = row(p.y_bn, 2);
+  k.b = row(p.coef, 0);
+  k.c = row(p.coef, 1);
+  k.scale = p.bn != nullptr ? row(p.bn, 0) : Vec{};
+  k.shift = p.bn != nullptr ? row(p.bn, 1) : Vec{};
+  k.mean = p.bn != nullptr ? row(p.bn, 2) : Vec{};
+  k.sum = k.sum_x = Vec{};
+}
+
+template <typename Storage, typename Shape>
+void init_tile(BackwardTile<Shape>& t, const DepthwiseBackwardParams& p, const BackwardLanes& k) {
+  for (int tap = 0; tap < Shape::kTaps; ++tap) {
+    const int64_t at = tap / Shape::kKernel * p.weight_stride_h + tap % Shape::kKernel * p.weight_stride_w;
+    t.weight[tap] = t.dw[tap] = Vec{};
+    for (int i = 0; i < k.valid; ++i) t.weight[tap][i] = Storage::scalar(p.weight, at + (k.channel + i) * p.weight_stride_c);
+  }
+}
+
+template <typename Storage, typename Shape>
+class BackwardUnit {
+  using Lane = typename Storage::Lane;
+  static constexpr int kMaxVectors = DepthwiseBackwardPlan::kChannelBlock / kLanes;
+
+ public:
+  BackwardUnit(const DepthwiseBackwardParams& p, const DepthwiseBackwardUnit& unit)
+      : p_(p), unit_(unit), lanes_(kMaxVectors), tiles_(kMaxVectors) {
+    const int channels = unit.channel_end - unit.channel_begin;
+    vectors_ = (channels + kLanes - 1) / kLanes;
+    whole_ = channels / kLanes;
+    for (int v = 0; v < vectors_; ++v) {
+      init_lanes(lanes_.memory[v], p, unit.channel_begin + v * kLanes, unit.channel_end);
+      init_tile<Storage>(tiles_.memory[v], p, lanes_.memory[v]);
+    }
+    for (int row = 0; row < Shape::kTaps + 2; ++row) {
+      for (int c = unit.channel_begin; c < unit.channel_end; ++c) unit.totals[int64_t{row} * p.c + c] = 0.0;
+    }
+  }
+
+  void run() {
+    const auto core = p_.gx == nullptr   ? strip_gradients<Shape, false, true>
+                      : p_.dw == nullptr ? strip_gradients<Shape, true, false>
+                                         : strip_gradients<Shape, true, true>;
+    int run = 0;  // positions in the current run
+    for (int64_t column = 0; column < p_.w; column += Shape::kColumns) {
+      const int columns = static_cast<int>(least<int64_t>(Shape::kColumns, p_.w - column));
+      int64_t loaded = 0;  // one past the last row of dy in the ring
+      for (int64_t row = unit_.row_begin; row < unit_.row_end; ++row) {
+        const int64_t image = row / p_.h, ih = row % p_.h;
+        // Rows [first, last] of dy look at input row ih.
+        const int64_t above = ih + Shape::kPad - Shape::kKernel + 1;
+        const int64_t first = above > 0 ? (above + Shape::kStride - 1) / Shape::kStride : 0;
+        const int64_t last = least<int64_t>((ih + Shape::kPad) / Shape::kStride, p_.out_h - 1);
+        if (row == unit_.row_begin || ih == 0) loaded = first;
+        for (; loaded <= last; ++loaded) load_dy_row(image, loaded, column, columns);
+
+        KernelRow rows[Shape::kRing];
+        int num_rows = 0;
+        for (int64_t oh = first; oh <= last; ++oh) {
+          const auto kernel_row = static_cast<int>(ih + Shape::kPad - oh * Shape::kStride);
+          rows[num_rows++] = {kernel_row, static_cast<int>(oh % Shape::kRing)};
+        }
+        if (run + columns > Shape::kRunLength) {
+          flush();
+          run = 0;
+        }
+        const int64_t at = ((image * p_.h + ih) * p_.w + column) * p_.c;
+        for (int strip = 0; strip < columns; strip += Shape::kStrip) {
+          const int count = least(Shape::kStrip, columns - strip);
+          if (p_.dw != nullptr) z_of(at + int64_t{strip} * p_.c, count);
+          core(tiles_.memory, vectors_, rows, num_rows, strip, count);
+          if (p_.gx != nullptr) gx_of(at + int64_t{strip} * p_.c, count);
+        }
+        run += columns;
+      }
+    }
+    flush();
+  }
+
+ private:
+  static constexpr int64_t kPitch = sizeof(BackwardTile<Shape>) / sizeof(Vec);
+
+  // f(vectors, flag) for the whole vectors and for the one in part.
+  template <typename F>
+  MNET_HD void for_parts(F&& f) {
+    if (whole_ > 0) f(Vectors{lanes_.memory, 0, whole_}, Flag<false>{});
+    if (whole_ < vectors_) f(Vectors{lanes_.memory, whole_, vectors_}, Flag<true>{});
+  }
+
+  void load_dy_row(int64_t image, int64_t oh, int64_t column, int columns) {
+    Vec* out = tiles_.memory[0].dy[oh % Shape::kRing];
+    const int64_t first = column / Shape::kStride - Shape::kLeft;
+    constexpr int kCount = Shape::kDyColumns;
+    const int count = columns == Shape::kColumns ? kCount : (columns + Shape::kStride - 1) / Shape::kStride + kCount - Shape::kColumns / Shape::kStride;
+    const int begin = static_cast<int>(within<int64_t>(-first, 0, count));
+    const int end = static_cast<int>(within<int64_t>(p_.out_w - first, begin, count));
+    for (int v = 0; v < vectors_; ++v) {
+      fill_zero(out + v * kPitch, out + v * kPitch + begin);
+      fill_zero(out + v * kPitch + end, out + v * kPitch + count);
+    }
+    const int64_t row = (image * p_.out_h + oh) * p_.out_w * p_.c;
+    const Lane *grad = static_cast<const Lane*>(p_.grad) + row, *y = static_cast<const Lane*>(p_.y) + row;
+    const float* gate = p_.gate == nullptr ? nullptr : p_.gate + image * p_.c;
+    const float* offset = p_.offset == nullptr ? nullptr : p_.offset + image * p_.c;
+    for_parts([&](const Vectors& vectors, auto partial) {
+      const auto load = gate == nullptr && offset == nullptr ? load_dy<Storage, false, decltype(partial)::value>
+                                                             : load_dy<Storage, true, decltype(partial)::value>;
+      load(p_, vectors, grad, y, gate, offset, first + begin, end - begin, out + begin, kPitch);
+    });
+  }
+
+  void z_of(int64_t at, int count) {
+    for_parts([&](const Vectors& vectors, auto partial) {
+      load_z<Storage, decltype(partial)::value>(p_, vectors, static_cast<const Lane*>(p_.x) + at, count,
+                                                tiles_.memory[0].z, kPitch);
+    });
+  }
+
+  void gx_of(int64_t at, int count) {
+    const Lane* residual = p_.residual == nullptr ? nullptr : static_cast<const Lane*>(p_.residual) + at;
+    for_parts([&](const Vectors& vectors, auto partial) {
+      store_gx<Storage, decltype(partial)::value>(p_, vectors, static_cast<const Lane*>(p_.x) + at, residual,
+                                                  static_cast<Lane*>(p_.gx) + at, count, tiles_.memory[0].gz, kPitch);
+    });
+  }
+
+  // Adds the run's float32 sums to the unit's totals.
+  void flush() {
+    for (int v = 0; v < vectors_; ++v) {
+      BackwardLanes& k = lanes_.memory[v];
+      double* to = unit_.totals + k.channel;
+      if (p_.dw != nullptr) {
+        for (int tap = 0; tap < Shape::kTaps; ++tap) {
+          add_lanes(to + int64_t{tap} * p_.c, tiles_.memory[v].dw[tap], k.valid);
+          tiles_.memory[v].dw[tap] = Vec{};
+        }
+      }
+      add_lanes(to + int64_t{Shape::kTaps} * p_.c, k.sum, k.valid);
+      add_lanes(to + int64_t{Shape::kTaps + 1} * p_.c, k.sum_x, k.valid);
+      k.sum = k.sum_x = Vec{};
+    }
+  }
+
+  const DepthwiseBackwardParams& p_;
+  const DepthwiseBackwardUnit& unit_;
+  Scratch<BackwardLanes> lanes_;
+  Scratch<BackwardTile<Shape>> tiles_;
+  int vectors_;  // of the unit's channels
+  int whole_;    // those with every lane in use
+};
+
+void depthwise_backward_unit(const DepthwiseBackwardParams& p, Dtype dtype, const DepthwiseBackwardUnit& unit) {
+  with_storage(dtype, [&](auto storage) {
+    const auto run = [&](auto shape) { BackwardUnit<decltype(storage), decltype(shape)>(p, unit).run(); };
+    if (p.kernel == 3) {
+      p.stride == 1 ? run(BackwardShape<3, 1>{}) : run(BackwardShape<3, 2>{});
+    } else {
+      p.stride == 1 ? run(BackwardShape<5, 1>{}) : run(BackwardShape<5, 2>{});
+    }
+  });
+}
+
+}  // namespace mnet::cpu::MNET_CPU_NAMESPACE

@@ -1,0 +1,159 @@
+// The kernels of normalize.h for one capability (see simd.h for how it is included).
+//
+// Memory plan.  A map is walked in its own order: kBlock positions at a time, all channels of a unit, so that the
+// coefficients of a vector of channels are loaded once for kBlock values and memory is read in long pieces.  Sums stay
+// in float32 for runs of kRunLength positions, in the first-level cache, and are then added to doubles.
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+#include "../common/params.h"
+#include "normalize.h"
+#include "simd.h"
+
+namespace mnet::cpu::MNET_CPU_NAMESPACE {
+
+constexpr int kNormalizeBlock = 4;   // positions taken together
+constexpr int kNormalizeRun = 128;   // positions summed in float32
+static_assert(kNormalizeRun % kNormalizeBlock == 0, "a run is whole blocks");
+static_assert(NormalizePlan::kChannelBlock % kLanes == 0, "a channel block is whole vectors");
+
+// f(channel, valid lanes, flag of a partial vector) for every vector of channels in [begin, end).
+template <typename F>
+MNET_HD void for_vectors(int begin, int end, F&& f) {
+  int channel = begin;
+  for (; channel + kLanes <= end; channel += kLanes) f(channel, kLanes, Flag<false>{});
+  if (channel < end) f(channel, end - channel, Flag<true>{});
+}
+
+template <typename Storage, typename Act, bool kResidual>
+void normalize_rows(const NormalizeParams& p, int64_t begin, int64_t end) {
+  using Lane = typename Storage::Lane;
+  const auto* y = static_cast<const Lane*>(p.y);
+  const auto* residual = static_cast<const Lane*>(p.operand);
+  auto* out = static_cast<Lane*>(p.output);
+  for_blocks<kNormalizeBlock>(begin, end, [&](auto block, int64_t position) {
+    for_vectors(0, p.c, [&](int channel, int valid, auto partial) {
+      constexpr bool kPartial = decltype(partial)::value;
+      const Vec scale = load_lanes<kPartial, float, Vec>(p.bn + channel, valid);
+      const Vec shift = load_lanes<kPartial, float, Vec>(p.bn + p.c + channel, valid);
+      MNET_UNROLL
+      for (int b = 0; b < decltype(block)::value; ++b) {
+        const int64_t at = (position + b) * p.c + channel;
+        Vec z = Act::fwd(Vec(scale * load_map<Storage, kPartial>(y + at, valid) + shift));
+        if constexpr (kResidual) z = z + load_map<Storage, kPartial>(residual + at, valid);
+        store_map<Storage, kPartial>(out + at, z, valid);
+      }
+    });
+  });
+}
+
+// Adds kTables sums over the positions [begin, end) of channels [first, last) to `totals`, table t at t * pitch:
+// term(channel, valid, position, partial, values) fills one value a table.
+template <int kTables, typename Term>
+MNET_HD void sum_rows(int64_t begin, int64_t end, int first, int last, double* totals, int64_t pitch, const Term& term) {
+  const int vectors = (last - first + kLanes - 1) / kLanes;
+  const Scratch<Vec> scratch(kTables * vectors);
+  for (int64_t run = begin; run < end; run += kNormalizeRun) {
+    fill_zero(scratch.memory, scratch.memory + kTables * vectors);
+    for_blocks<kNormalizeBlock>(run, least<int64_t>(end, run + kNormalizeRun), [&](auto block, int64_t position) {
+      Vec* sums = scratch.memory;
+      for_vectors(first, last, [&](int channel, int valid, auto partial) {
+        Vec sum[kTables];
+        term(channel, valid, position, block, partial, sum);
+        MNET_UNROLL
+        for (int t = 0; t < kTables; ++t) sums[t] = sums[t] + sum[t];
+        sums += kTables;
+      });
+    });
+    for (int v = 0; v < vectors; ++v) {
+      const int valid = least(kLanes, last - first - v * kLanes);
+      for (int t = 0; t < kTables; ++t) {
+        add_lanes(totals + t * pitch + v * kLanes, scratch.memory[v * kTables + t], valid);
+      }
+    }
+  }
+}
+
+template <typename Storage, typename Act>
+void normalize_backward_rows(const NormalizeParams& p, int64_t begin, int64_t end, double* sums) {
+  using Lane = typename Storage::Lane;
+  const auto* y = static_cast<const Lane*>(p.y);
+  const auto* grad = static_cast<const Lane*>(p.operand);
+  for (int i = 0; i < 2 * p.c; ++i) sums[i] = 0.0;
+  sum_rows<2>(begin, end, 0, p.c, sums, p.c, [&](int channel, int valid, int64_t position, auto block, auto partial, Vec* sum) {
+    constexpr bool kPartial = decltype(partial)::value;
+    const Vec scale = load_lanes<kPartial, float, Vec>(p.bn + channel, valid);
+    const Vec shift = load_lanes<kPartial, float, Vec>(p.bn + p.c + channel, valid);
+    const Vec mean = load_lanes<kPartial, float, Vec>(p.bn + 2 * int64_t{p.c} + channel, valid);
+    MNET_UNROLL
+    for (int b = 0; b < decltype(block)::value; ++b) {
+      const int64_t at = (position + b) * p.c + channel;
+      const Vec v = load_map<Storage, kPartial>(y + at, valid);
+      const Vec g = load_map<Storage, kPartial>(grad + at, valid) * Act::bwd(Vec(scale * v + shift));
+      const Vec gy = g * (v - mean);
+      sum[0] = b == 0 ? g : sum[0] + g;
+      sum[1] = b == 0 ? gy : sum[1] + gy;
+    }
+  });
+}
+
+template <typename Storage, typename Act>
+void squeeze_rows(const NormalizeParams& p, int64_t image, int first, int last) {
+  const auto* y = static_cast<const typename Storage::Lane*>(p.y);
+  const int channels = last - first;
+  const Scratch<double> totals(3 * channels);
+  for (int i = 0; i < 3 * channels; ++i) totals.memory[i] = 0.0;
+  sum_rows<3>(image * p.area, (image + 1) * p.area, first, last, totals.memory, channels,
+              [&](int channel, int valid, int64_t position, auto block, auto partial, Vec* sum) {
+    constexpr bool kPartial = decltype(partial)::value;
+    const Vec scale = load_lanes<kPartial, float, Vec>(p.bn + channel, valid);
+    const Vec shift = load_lanes<kPartial, float, Vec>(p.bn + p.c + channel, valid);
+    const Vec mean = load_lanes<kPartial, float, Vec>(p.bn + 2 * int64_t{p.c} + channel, valid);
+    MNET_UNROLL
+    for (int b = 0; b < decltype(block)::value; ++b) {
+      const Vec v = load_map<Storage, kPartial>(y + (position + b) * p.c + channel, valid);
+      const Vec u = scale * v + shift;
+      const Vec z = Act::fwd(u), d = Act::bwd(u), dv = d * (v - mean);
+      sum[0] = b == 0 ? z : sum[0] + z;
+      sum[1] = b == 0 ? d : sum[1] + d;
+      sum[2] = b == 0 ? dv : sum[2] + dv;
+    }
+  });
+  for (int c = 0; c < channels; ++c) {
+    float* to = p.table + image * p.c + first + c;
+    const int64_t table = p.n * p.c;
+    to[0] = static_cast<float>(totals.memory[c] / static_cast<double>(p.area));
+    to[table] = static_cast<float>(totals.memory[channels + c]);
+    to[2 * table] = static_cast<float>(totals.memory[2 * channels + c]);
+  }
+}
+
+void normalize_positions(const NormalizeParams& p, Dtype dtype, int64_t begin, int64_t end) {
+  with_storage(dtype, [&](auto storage) {
+    with_activation(p.act, [&](auto act) {
+      const auto run = p.operand ? normalize_rows<decltype(storage), decltype(act), true>
+                                 : normalize_rows<decltype(storage), decltype(act), false>;
+      run(p, begin, end);
+    });
+  });
+}
+
+void normalize_backward_positions(const NormalizeParams& p, Dtype dtype, int64_t begin, int64_t end, double* sums) {
+  with_storage(dtype, [&](auto storage) {
+    with_activation(p.act, [&](auto act) {
+      normalize_backward_rows<decltype(storage), decltype(act)>(p, begin, end, sums);
+    });
+  });
+}
+
+void squeeze_image(const NormalizeParams& p, Dtype dtype, int64_t image, int channel_begin, int channel_end) {
+  with_storage(dtype, [&](auto storage) {
+    with_activation(p.act, [&](auto act) {
+      squeeze_rows<decltype(storage), decltype(act)>(p, image, channel_begin, channel_end);
+    });
+  });
+}
+
+}  // namespace mnet::cpu::MNET_CPU_NAMESPACE
