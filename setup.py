@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "mnet_kernels"
+DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
 NO_BUILD_ISOLATION = "pip install --no-build-isolation ."
 BUILD_REQUIREMENTS = ("'setuptools>=77'", "wheel", "pybind11", "ninja")
@@ -96,7 +97,7 @@ def find_toolkit(env):
     nvcc = shutil.which("nvcc", path=env.get("PATH"))
     if nvcc and not any(is_toolkit(c) for c in candidates):
         candidates += [root for root in (nvcc_root(nvcc), Path(nvcc).resolve().parent.parent) if root]
-    candidates.append(Path("/usr/local/cuda"))
+    candidates.append(DEFAULT_TOOLKIT)
     return next((c for c in candidates if is_toolkit(c)), None)
 
 
