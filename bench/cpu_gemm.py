@@ -2,11 +2,12 @@
 
     python bench/cpu_gemm.py [--dtype float32 bfloat16] [--seconds 0.3]
 
-For every shape, milliseconds and GFLOP/s of: torch.mm, F.conv2d, the stage as a bare product, the stage with its batch
+For every shape, milliseconds and GFLOP/s of: torch's batch norm, ReLU6 and convolution, and their backward (what the
+stages replace, but that they take the statistics of the map after, not before, the convolution); torch.mm, F.conv2d, the stage as a bare product, the stage with its batch
 norm, activation and moments; and of the backward: two torch.mm (dgrad, wgrad) and the stage with everything.  The
 variants of a shape take turns; times are the thread's own CPU time, so that other processes cost little, and the lower
 quartile of them.  The peak is measured by a loop of fused multiply-adds, compiled on the spot where there is AVX2.
-glibc gives large tensors back to the system after every call: to leave page faults out, set
+glibc gives large tensors back to the system after every call; to leave the page faults out, set
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592.
 """
 
@@ -107,7 +108,20 @@ def variants(c, e, size, dtype, batch=16):
     def backward(dx, dw):
         return stages.pointwise_backward(grad, y, y_bn, coef, 0, x, weight, bn, 2, None, None, dx, dx, dw)
 
+    ones, zeros = torch.ones(c), torch.zeros(c)
+    wx, ww, wg, wb = (t.clone().requires_grad_() for t in (x, weight, ones, zeros))
+
+    def native(x, weight, gamma, beta):
+        return F.conv2d(F.relu6(F.batch_norm(x, None, None, gamma, beta, True)), weight)
+
+    graph = native(wx, ww, wg, wb)
+
+    def native_backward():
+        return torch.autograd.grad(graph, (wx, ww, wg, wb), grad, retain_graph=True)
+
     return {
+        "native": (lambda: native(x, weight, ones, zeros), 1),
+        "native backward": (native_backward, 2),
         "mm": (lambda: matrix(x) @ flat.t(), 1),
         "conv2d": (lambda: F.conv2d(x, weight), 1),
         "bare": (lambda: stages.pointwise(x, weight, None, 0, None, False), 1),

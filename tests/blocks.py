@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 import mnet_kernels as mk
-from mnet_kernels import BatchNormParams, SqueezeExciteParams, functional
+from mnet_kernels import BatchNormParams, SqueezeExciteParams, backends, functional
 
 FUSED = (("reference", "chain"), ("reference", "algebraic"))
 ACTIVATIONS = ("identity", "relu", "relu6", "hardswish")
@@ -156,6 +156,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def fused_modes(case):
-    """The fused (backend, mode) pairs that differ for a case."""
-    return FUSED if case.op == "inverted_residual" and case.expand else FUSED[:1]
+def fused_modes(case, compiled=False):
+    """The fused (backend, mode) pairs that differ for a case; ``compiled``: the whole compiled ones too (no float64)."""
+    pairs = FUSED + tuple(("cpu", mode) for mode in backends.MODE_STAGES if compiled and backends.whole("cpu", mode))
+    return [(b, mode) for b, mode in pairs if mode == "chain" or (case.op == "inverted_residual" and case.expand)]

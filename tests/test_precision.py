@@ -57,14 +57,14 @@ def judge(make, dtype, autocast, prepare=lambda exact, low: None):
         upstream = upstream_of(step(exact, "native")["out"])
         want = step(exact, "native", upstream=upstream)
         torchs = step(low, "native", autocast=autocast, upstream=upstream)
-        for backend, mode in fused_modes(exact.case):
+        for backend, mode in fused_modes(exact.case, compiled=True):
             ours = step(low, backend, mode, autocast=autocast, upstream=upstream)
             assert ours["out"].dtype == dtype
             for name, ref in want.items():
                 if name.startswith("num_batches"):
                     assert torch.equal(ours[name], ref)
                     continue
-                verdict.add(f"{mode} {name}", ours[name], torchs[name], ref)
+                verdict.add(f"{backend} {mode} {name}", ours[name], torchs[name], ref)
                 if name.startswith("d_"):
                     assert ours[name].abs().max() > 0, name
                     assert ours[name].dtype == torchs[name].dtype, name

@@ -25,7 +25,8 @@ void pointwise_pack_panel(const void* weight, Dtype dtype, int64_t stride_k, int
 }
 
 // Sums of a run of values of kLanes channels about `shift`: for a unit's first run the mean of some of its values, then
-// the mean so far (moments.h: the closer to the mean, the less is lost; a constant channel has it exactly).
+// the mean so far (moments.h: the closer to the mean, the less is lost; a constant channel has it exactly).  It is rounded
+// to storage: with more digits than the values have, every difference and sum would be rounded the same way.
 struct RunMoments {
   Vec shift, sum1, sum2;
 
@@ -48,13 +49,14 @@ Vec shift_of_first_run(const float* result, int rows) {
   const Vec first = Storage::round(load_vec(result));
   Vec sum = Vec{};
   for (int row = 1; row < count; ++row) sum = sum + (Storage::round(load_vec(result + row * kPanel)) - first);
-  return first + sum * (1.f / static_cast<float>(count));
+  return Storage::round(first + sum * (1.f / static_cast<float>(count)));
 }
 
-inline Vec shift_of_later_run(const double* mean) {
+template <typename Storage>
+Vec shift_of_later_run(const double* mean) {
   Vec shift{};
   for (int i = 0; i < kLanes; ++i) shift[i] = static_cast<float>(mean[i]);
-  return shift;
+  return Storage::round(shift);
 }
 
 // Rounds and stores one vector of a panel's columns; with kMoments, adds the stored values up about run->shift.
@@ -120,7 +122,7 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
           return;
         }
         double* at = mean + column + c;
-        run.shift = row == unit.row_begin ? shift_of_first_run<Storage>(result + c, rows) : shift_of_later_run(at);
+        run.shift = row == unit.row_begin ? shift_of_first_run<Storage>(result + c, rows) : shift_of_later_run<Storage>(at);
         store_column<Storage, kPartial, true>(result + c, rows, to + c, p.e, valid, &run);
         run.merge(row - unit.row_begin, rows, at, at + plan.padded_columns());
       });
