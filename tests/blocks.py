@@ -157,6 +157,6 @@ CASES = [
 
 
 def fused_modes(case, compiled=False):
-    """The fused (backend, mode) pairs that differ for a case; ``compiled``: the whole compiled ones too (no float64)."""
+    """The fused (backend, mode) pairs that differ for a case; ``compiled``: whole compiled ones too (no float64)."""
     pairs = FUSED + tuple(("cpu", mode) for mode in backends.MODE_STAGES if compiled and backends.whole("cpu", mode))
     return [(b, mode) for b, mode in pairs if mode == "chain" or (case.op == "inverted_residual" and case.expand)]
