@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from . import checks, schema
-from .autograd import Block, FusedBlock, Layer, autocast_off
+from .autograd import Block, FusedBlock, Layer, autocast_off, autocast_on
 from .backends import native
 from .choice import choose
 from .params import BatchNormParams, ConvBNAct, SqueezeExciteParams
@@ -185,7 +185,7 @@ def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias):
 
 def _compute_dtype(x):
     """The storage dtype: autocast's where it is on (float64 is left alone, as by torch), else x's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocast_on(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -194,7 +194,7 @@ def _run(op, x, layers, residual, se, backend, mode, node=None):
     """``node``: layers that make one autograd node of the fused path (None: all of them)."""
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
-    checks.check_block(op, x, layers, residual, se, autocast=torch.is_autocast_enabled(x.device.type))
+    checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
     expands = len(layers) == 3
     choice = choose(x.device, dtype, backend, mode, expands)
     # An empty batch has no statistics: torch's own ops define what then happens.

@@ -11,8 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from mnet_kernels import build_info
+from mnet_kernels import build_info, choice
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = ("2.14.1+cu130", "13.0")
@@ -270,6 +271,7 @@ blocked = {blocked!r}
 sys.modules.update(dict.fromkeys(blocked))  # None: importing it fails, and looking for it finds nothing
 import torch
 import mnet_kernels
+assert "torch._dynamo" not in sys.modules  # two seconds that only those who compile should wait
 net = mnet_kernels.FusedMobileNetV2(num_classes=3, width_mult=0.25)
 net(torch.randn(2, 3, 32, 32)).sum().backward()
 assert all(p.grad is not None for p in net.parameters())
@@ -284,3 +286,8 @@ def test_only_torch_is_needed():
         [sys.executable, "-c", ONLY_TORCH.format(blocked=blocked)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.strip() == "trained a step", done.stderr
+
+
+def test_constant_results_are_marked_as_torch_does():
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) == vars(choice.decide)

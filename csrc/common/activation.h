@@ -16,6 +16,22 @@ namespace mnet {
 enum class Activation : int32_t { kIdentity = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3 };
 constexpr int kNumActivations = 4;
 
+// u, or the bound if u lies beyond it; u if it is a NaN.  GCC does not see that this is one instruction.
+template <typename V>
+MNET_HD V at_least(V u, V bound) {
+#if defined(__AVX__) && defined(MNET_CPU_LANES)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_max_ps((__m256)bound, (__m256)u);
+#endif
+  return u < bound ? bound : u;
+}
+template <typename V>
+MNET_HD V at_most(V u, V bound) {
+#if defined(__AVX__) && defined(MNET_CPU_LANES)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_min_ps((__m256)bound, (__m256)u);
+#endif
+  return u > bound ? bound : u;
+}
+
 struct Identity {
   static constexpr Activation kCode = Activation::kIdentity;
   template <typename V>
@@ -32,8 +48,7 @@ struct Relu {
   static constexpr Activation kCode = Activation::kRelu;
   template <typename V>
   static MNET_HD V fwd(V u) {
-    const V zero = V{};
-    return u < zero ? zero : u;
+    return at_least(u, V{});
   }
   template <typename V>
   static MNET_HD V bwd(V u) {
@@ -46,9 +61,7 @@ struct Relu6 {
   static constexpr Activation kCode = Activation::kRelu6;
   template <typename V>
   static MNET_HD V fwd(V u) {
-    const V zero = V{}, six = zero + 6.f;
-    u = u < zero ? zero : u;
-    return u > six ? six : u;
+    return at_most(at_least(u, V{}), V(V{} + 6.f));
   }
   template <typename V>
   static MNET_HD V bwd(V u) {

@@ -19,7 +19,7 @@ struct DepthwisePlan {
   int64_t chunks;
   int64_t channel_blocks;  // of kChannelBlock channels
 
-  static constexpr int kChannelBlock = 64;
+  static constexpr int kChannelBlock = 512;
 
   int64_t units() const { return chunks * channel_blocks; }
 };

@@ -8,14 +8,18 @@ namespace mnet::cpu {
 // Inputs of one unit: long enough that rebuilding the rows of dy around it costs little, short enough for balance.
 constexpr int64_t kUnitInputs = int64_t{1} << 17;
 constexpr int64_t kChannelMultiple = 16;  // whole vectors of every capability
+// All channels together where that leaves enough units; else narrow blocks, for balance.
+constexpr int64_t kManyUnits = 16;
+constexpr int64_t kNarrowBlock = 64;
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 DepthwiseBackwardPlan plan_depthwise_backward(const DepthwiseBackwardParams& p) {
   DepthwiseBackwardPlan plan{};
   plan.rows = p.n * p.h;
+  const bool many = plan.rows * p.w * p.c >= kManyUnits * kUnitInputs;
   // Equal blocks: 144 channels are three of 48, not two of 64 and one of 16.
-  const int64_t blocks = divide_up(p.c, DepthwiseBackwardPlan::kChannelBlock);
+  const int64_t blocks = divide_up(p.c, many ? DepthwiseBackwardPlan::kChannelBlock : kNarrowBlock);
   plan.channels = static_cast<int>(divide_up(divide_up(p.c, blocks), kChannelMultiple) * kChannelMultiple);
   plan.channel_blocks = divide_up(p.c, plan.channels);
   if (plan.rows == 0) return plan;

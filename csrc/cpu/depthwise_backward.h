@@ -18,7 +18,7 @@ struct DepthwiseBackwardPlan {
   int64_t channel_blocks;  // of `channels` channels, the last perhaps less
   int channels;
 
-  static constexpr int kChannelBlock = 64;
+  static constexpr int kChannelBlock = 512;  // at most
 
   int64_t units() const { return chunks * channel_blocks; }
 };

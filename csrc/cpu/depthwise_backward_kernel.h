@@ -7,10 +7,12 @@
 // Memory plan.  A unit walks down its input rows in tiles of kColumns columns.  Per vector of channels a ring holds
 // the rows of dy that an input row looks at, float32, zero where a column lies outside the image (rows outside are left
 // out of the sum).  An input row goes by in strips of kStrip columns: z from x, the two gradients, then mask, rounding,
-// store and sums.  Maps are read and written kBlock positions at a time, all vectors of the block of channels in turn, so
-// that memory is met in long pieces; only the ring, in the first-level cache (k 3, stride 1, 64 channels: 26 KiB), is
-// walked vector by vector.  Sums and dW stay in float32 for kRunLength positions and are then added to doubles.
+// store and sums.  Maps are read in their own order, position by position, and their next row is prefetched; only the ring
+// is walked vector by vector (k 3, stride 1: 408 bytes a channel, in the second-level cache for all but the narrowest
+// maps; splitting the channels to fit the first level costs more than it saves, because memory is then met in shorter
+// pieces).  Sums and dW stay in float32 for kRunLength positions and are then added to doubles.
 #pragma once
+
 
 #include <cstdint>
 #include <new>
@@ -70,52 +72,58 @@ struct Vectors {
   int end;
 };
 
-// Columns [begin, end) of one row of dy; vector v's go to out + v * pitch.  grad and y point to the row, gate and offset
-// to the image's.
+// Whether vector v begins a cache line (where the channels are whole lines), for prefetching.
+template <typename Storage>
+MNET_HD bool starts_line(int v) {
+  return v * kLanes * static_cast<int>(sizeof(typename Storage::Lane)) % 64 == 0;
+}
+
+// `count` columns of one row of dy from `column` on; vector v's go to out + v * pitch.  grad and y point to the row, gate
+// and offset to the image's.
 template <typename Storage, bool kGated, bool kPartial>
 void load_dy(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* grad,
              const typename Storage::Lane* y, const float* gate, const float* offset, int64_t column, int count, Vec* out,
              int64_t pitch) {
+  const int64_t next = int64_t{p.out_w} * p.c;
   with_activation(p.y_act, [&](auto act) {
-    for_blocks<4>(0, count, [&](auto block, int j) {
+    for (int j = 0; j < count; ++j) {
       for (int v = vectors.begin; v < vectors.end; ++v) {
         const BackwardLanes& k = vectors.lanes[v];
-        const Vec scale = k.y_scale, shift = k.y_shift, mean = k.y_mean, b = k.b, c = k.c;
-        Vec times = Vec{} + 1.f, plus = Vec{};
+        const int64_t at = (column + j) * p.c + k.channel;
+        if (starts_line<Storage>(v)) {  // a row further down
+          prefetch<false>(y, at + next);
+          prefetch<false>(grad, at + next);
+        }
+        const Vec value = load_map<Storage, kPartial>(y + at, k.valid);
+        Vec g = load_map<Storage, kPartial>(grad + at, k.valid);
         if constexpr (kGated) {
-          if (gate != nullptr) times = load_lanes<kPartial, float, Vec>(gate + k.channel, k.valid);
-          if (offset != nullptr) plus = load_lanes<kPartial, float, Vec>(offset + k.channel, k.valid);
+          if (gate != nullptr) g = g * load_lanes<kPartial, float, Vec>(gate + k.channel, k.valid);
+          if (offset != nullptr) g = g + load_lanes<kPartial, float, Vec>(offset + k.channel, k.valid);
         }
-        MNET_UNROLL
-        for (int i = 0; i < decltype(block)::value; ++i) {
-          const int64_t at = (column + j + i) * p.c + k.channel;
-          const Vec value = load_map<Storage, kPartial>(y + at, k.valid);
-          Vec g = load_map<Storage, kPartial>(grad + at, k.valid);
-          if constexpr (kGated) g = times * g + plus;
-          g = g * decltype(act)::bwd(Vec(scale * value + shift));
-          out[v * pitch + j + i] = Storage::round(scale * g + b * (value - mean) + c);
-        }
+        g = g * decltype(act)::bwd(Vec(k.y_scale * value + k.y_shift));
+        out[v * pitch + j] = Storage::round(k.y_scale * g + k.b * (value - k.y_mean) + k.c);
       }
-    });
+    }
   });
 }
 
 // z = act(bn(x)), rounded, of `count` columns from `x` on.
 template <typename Storage, bool kPartial>
-void load_z(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* x, int count, Vec* out,
+void load_z(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* x, const typename Storage::Lane* gx, int count, Vec* out,
             int64_t pitch) {
+  const int64_t next = int64_t{p.w} * p.c;
   const auto fill = [&](auto prologue) {
-    for_blocks<4>(0, count, [&](auto block, int j) {
+    for (int j = 0; j < count; ++j) {
       for (int v = vectors.begin; v < vectors.end; ++v) {
         const BackwardLanes& k = vectors.lanes[v];
-        const Vec scale = k.scale, shift = k.shift;
-        MNET_UNROLL
-        for (int i = 0; i < decltype(block)::value; ++i) {
-          const Vec value = load_map<Storage, kPartial>(x + int64_t{j + i} * p.c + k.channel, k.valid);
-          out[v * pitch + j + i] = prologue(value, scale, shift);
+        const int64_t at = int64_t{j} * p.c + k.channel;
+        if (starts_line<Storage>(v)) {
+          prefetch<false>(x, at + next);
+          if (gx != nullptr) prefetch<true>(gx, at);  // about to be written
         }
+        out[v * pitch + j] = prologue(load_map<Storage, kPartial>(x + at, k.valid), k.scale, k.shift);
       }
-    });
+    }
   };
   if (p.bn == nullptr) {
     fill([](Vec value, Vec, Vec) { return value; });
@@ -343,8 +351,9 @@ class BackwardUnit {
   }
 
   void z_of(int64_t at, int count) {
+    const Lane* gx = p_.gx == nullptr ? nullptr : static_cast<const Lane*>(p_.gx) + at;
     for_parts([&](const Vectors& vectors, auto partial) {
-      load_z<Storage, decltype(partial)::value>(p_, vectors, static_cast<const Lane*>(p_.x) + at, count,
+      load_z<Storage, decltype(partial)::value>(p_, vectors, static_cast<const Lane*>(p_.x) + at, gx, count,
                                                 tiles_.memory[0].z, kPitch);
     });
   }

@@ -80,6 +80,9 @@ void load_row(const DepthwiseLanes<Traits>& g, const DepthwiseParams& p, const t
   const auto load = [&](int64_t i) {
     return Traits::Storage::unpack(load_lanes<kPartial, typename Traits::Lane, typename Traits::Raw>(from + i * p.c, g.valid));
   };
+  const int64_t next = int64_t{Traits::kStride} * p.w * p.c;
+  const bool line = g.channel * static_cast<int>(sizeof(typename Traits::Lane)) % 64 == 0;
+  for (int j = begin; line && j < end; ++j) prefetch<false>(from, next + int64_t{j - begin} * p.c);
   if (p.bn == nullptr) {
     for (int j = begin; j < end; ++j) ring[j] = load(j - begin);
     return;

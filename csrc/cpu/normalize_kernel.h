@@ -14,7 +14,7 @@
 
 namespace mnet::cpu::MNET_CPU_NAMESPACE {
 
-constexpr int kNormalizeBlock = 4;   // positions taken together
+constexpr int kNormalizeBlock = 1;   // positions taken together
 constexpr int kNormalizeRun = 128;   // positions summed in float32
 static_assert(kNormalizeRun % kNormalizeBlock == 0, "a run is whole blocks");
 static_assert(NormalizePlan::kChannelBlock % kLanes == 0, "a channel block is whole vectors");

@@ -33,8 +33,17 @@ static_assert(sizeof(Vec) == kLanes * sizeof(float) && sizeof(Packed) == kLanes 
 
 MNET_HD Bits bits_of(Vec v) { return reinterpret_cast<Bits>(v); }
 MNET_HD Vec float_of(Bits b) { return reinterpret_cast<Vec>(b); }
+// `b` below 2^16.  GCC makes several instructions of a conversion that AVX2 has in one or two.
+#if defined(MNET_CPU_F16C) && MNET_CPU_LANES == 8
+MNET_HD Packed narrow(Bits b) {
+  const __m256i halves = _mm256_packus_epi32((__m256i)b, (__m256i)b);
+  return (Packed)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x88));
+}
+MNET_HD Bits widen(Packed p) { return (Bits)_mm256_cvtepu16_epi32((__m128i)p); }
+#else
 MNET_HD Packed narrow(Bits b) { return __builtin_convertvector(b, Packed); }
 MNET_HD Bits widen(Packed p) { return __builtin_convertvector(p, Bits); }
+#endif
 
 template <typename T>
 MNET_HD T least(T a, T b) {
@@ -81,14 +90,15 @@ struct BFloat16 {
   using Lane = uint16_t;
   using Raw = Packed;
   static MNET_HD Vec unpack(Raw raw) { return float_of(widen(raw) << 16); }
+  // The upper half is the rounded value; the lower half is left over.
   static MNET_HD Bits rounded_bits(Vec v) {
     const Bits b = bits_of(v);
-    const Bits rounded = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
+    const Bits rounded = b + 0x7fffu + ((b >> 16) & 1u);
     const Bits nan = Bits{} + 0x7fc00000u;
     return v != v ? nan : rounded;
   }
   static MNET_HD Raw pack(Vec v) { return narrow(rounded_bits(v) >> 16); }
-  static MNET_HD Vec round(Vec v) { return float_of(rounded_bits(v)); }
+  static MNET_HD Vec round(Vec v) { return float_of(rounded_bits(v) & 0xffff0000u); }
   static float scalar(const void* p, int64_t i) {
     const uint32_t b = static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16;
     float f;
@@ -170,6 +180,12 @@ MNET_HD void for_blocks(Index begin, Index end, F&& f) {
 template <typename Storage, bool kPartial>
 MNET_HD Vec load_map(const typename Storage::Lane* from, int valid) {
   return Storage::unpack(load_lanes<kPartial, typename Storage::Lane, typename Storage::Raw>(from, valid));
+}
+
+// Asks for a cache line ahead of its use; the address may lie outside the map.
+template <bool kWrite, typename Lane>
+MNET_HD void prefetch(const Lane* base, int64_t index) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + index * sizeof(Lane)), kWrite, 2);
 }
 
 // Rounds and stores; returns the stored value.

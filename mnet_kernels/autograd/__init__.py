@@ -14,7 +14,7 @@ from ..stages import stage
 from . import algebraic, chain
 from .batch_norm import PER_LAYER
 
-__all__ = ["Block", "FusedBlock", "Layer", "autocast_off"]
+__all__ = ["Block", "FusedBlock", "Layer", "autocast_off", "autocast_on"]
 
 _MODES = {"chain": chain, "algebraic": algebraic}
 
@@ -66,9 +66,14 @@ def _refuse_second_derivative(grads):
     return tuple(None if g is None else next(marked) for g in grads)
 
 
+def autocast_on(device_type):
+    """Whether autocast is on for a device type (torch raises for the meta device, which has none)."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast_off(device_type):
     """Autocast off for one device type, entered only where it is on (entering costs several microseconds)."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

@@ -89,7 +89,7 @@ class FusedInvertedResidual(FusedModule, nn.Module):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         body = next(name for name in _BODIES.values() if name in block._modules)
-        stride = 2 if block._is_cn else 1
+        stride = block.stride if hasattr(block, "stride") else 1 + block._is_cn
         layers = block._modules[body]
         self._set(body, layers, stride, block.use_res_connect, block.out_channels, backend, mode)
         return self.train(block.training)
