@@ -110,7 +110,7 @@ def prepare(subject, wanted, setting, directions, limit=None):
     """Workloads of all providers, and of the baseline a second time.
 
     Args:
-        wanted: providers; the baseline is added if it is missing.
+        wanted: providers; the baseline is added if it is missing, those without a kernel for the subject left out.
         limit: seconds that preparing one provider (compilation above all) may take.
     """
     torch._dynamo.reset()  # compiled code of earlier subjects counts towards Dynamo's recompile limit
@@ -118,7 +118,7 @@ def prepare(subject, wanted, setting, directions, limit=None):
     found = {base.name: Prepared(subject, base, setting, directions)}
     found[base.name + AGAIN] = Prepared(subject, base, setting, directions)
     for provider in wanted:
-        if provider.name not in found:
+        if provider.name not in found and subject.runs_on(provider):
             found[provider.name] = Prepared(subject, provider, setting, directions, limit)
     return found
 

@@ -74,6 +74,10 @@ class Stage:
     def directions(self):
         return ("backward",) if self.backward else ("forward",)
 
+    def runs_on(self, provider):
+        """Whether a provider has every kernel of this stage."""
+        return provider.backend == "native" or set(self.stages) <= backends.implemented(provider.backend)
+
     def shape_of_output(self, layer):
         return layer.out_channels, depthwise_size(layer.height, layer.stride), depthwise_size(layer.width, layer.stride)
 
@@ -106,9 +110,8 @@ class Stage:
         new = Tensors(setting, provider.channels_last)
         if provider.backend == "native":
             return Workload({self.directions[0]: self._native_call(new, provider)})
-        lacking = [name for name in self.stages if name not in backends.implemented(provider.backend)]
-        if lacking:
-            raise BenchError(f"{provider.backend} has no kernel for {', '.join(lacking)}")
+        if not self.runs_on(provider):
+            raise BenchError(f"{provider.backend} lacks a kernel of {'+'.join(self.stages)}")
         fused = self.fused(new, stage(provider.backend))
 
         def call():

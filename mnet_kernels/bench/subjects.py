@@ -61,6 +61,9 @@ class Block:
     level = "block"
     directions = ("forward", "train")
 
+    def runs_on(self, provider):
+        return True
+
     def prepare(self, provider, setting):
         generator = torch.Generator().manual_seed(0)
         module = providers.fit(self.module, provider, setting.device).train()
@@ -96,6 +99,9 @@ class Model:
 
     level = "model"
     directions = ("forward", "train")
+
+    def runs_on(self, provider):
+        return True
 
     def prepare(self, provider, setting):
         generator = torch.Generator().manual_seed(0)
