@@ -17,16 +17,16 @@ CASES = [
 ]
 
 
-def rounded(case, dtype):
+def rounded(case, dtype, device="cpu"):
     """The same inputs in float64 and float32, both exactly representable in ``dtype``."""
-    exact = Inputs(case)
+    exact = Inputs(case, device=device)
     with torch.no_grad():
         for leaf in exact.leaves.values():
             leaf.copy_(leaf.to(dtype))
         for bn in exact.bns:
             for buffer in bn.buffers():
                 buffer.copy_(buffer.float())
-    low = Inputs(case, torch.float32)
+    low = Inputs(case, torch.float32, device)
     with torch.no_grad():
         for a, b in zip(low.leaves.values(), exact.leaves.values(), strict=True):
             a.copy_(b)
@@ -57,7 +57,7 @@ def judge(make, dtype, autocast, prepare=lambda exact, low: None):
         upstream = upstream_of(step(exact, "native")["out"])
         want = step(exact, "native", upstream=upstream)
         torchs = step(low, "native", autocast=autocast, upstream=upstream)
-        for backend, mode in fused_modes(exact.case, compiled=True):
+        for backend, mode in fused_modes(exact.case, compiled=True, device=exact.x.device.type):
             ours = step(low, backend, mode, autocast=autocast, upstream=upstream)
             assert ours["out"].dtype == dtype
             for name, ref in want.items():
