@@ -410,8 +410,8 @@ def test_independent_of_threads(dtype):
     bn, before = bn_table(48), torch.get_num_threads()
 
     def everything():
-        yield from (t for l in (layer, wide) for t in ours("depthwise")(*l.forward()))
-        yield from (t for l in (layer, wide) for t in ours("depthwise_backward")(*l.backward()))
+        yield from (t for one in (layer, wide) for t in ours("depthwise")(*one.forward()))
+        yield from (t for one in (layer, wide) for t in ours("depthwise_backward")(*one.backward()))
         yield ours("normalize")(layer.x, bn, 2, layer.grad)
         yield ours("normalize_backward")(layer.grad, layer.x, bn, 2)
         yield ours("squeeze")(layer.x, bn, 3)
