@@ -5,7 +5,7 @@ The decisions are plain functions (tests/test_packaging.py calls them); ``main``
     MNET_NO_EXT=1         pure Python, no compiled extension (also what happens, with a notice, without a C++ compiler)
     MNET_NO_CUDA=1        CPU kernels only
     CUDA_HOME, CUDA_PATH  the CUDA toolkit; otherwise the one nvcc on PATH belongs to, otherwise /usr/local/cuda
-    TORCH_CUDA_ARCH_LIST  architectures, default "8.0;9.0+PTX"
+    TORCH_CUDA_ARCH_LIST  architectures, default "8.0;9.0+PTX"; those below 8.0 are left out
     MAX_JOBS              parallel compilations, default min(cores, free memory / 4 GB)
     CXX                   the C++ compiler
 
@@ -24,34 +24,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "mnet_kernels"
+DEFAULT_TOOLKIT = Path("/usr/local/cuda")
 DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
 NO_BUILD_ISOLATION = "pip install --no-build-isolation ."
+BUILD_REQUIREMENTS = ("'setuptools>=77'", "wheel", "pybind11", "ninja")
 
-CPU_SOURCES = (
-    "csrc/module.cpp",
-    "csrc/cpu/capability.cpp",
-    "csrc/cpu/depthwise.cpp",
-    "csrc/cpu/depthwise_default.cpp",
-    "csrc/cpu/depthwise_avx2.cpp",
-    "csrc/cpu/depthwise_avx512.cpp",
-    "csrc/cpu/depthwise_torch.cpp",
-    "csrc/cpu/depthwise_backward.cpp",
-    "csrc/cpu/depthwise_backward_default.cpp",
-    "csrc/cpu/depthwise_backward_avx2.cpp",
-    "csrc/cpu/depthwise_backward_avx512.cpp",
-    "csrc/cpu/depthwise_backward_torch.cpp",
-    "csrc/cpu/normalize.cpp",
-    "csrc/cpu/normalize_default.cpp",
-    "csrc/cpu/normalize_avx2.cpp",
-    "csrc/cpu/normalize_avx512.cpp",
-    "csrc/cpu/normalize_torch.cpp",
-    "csrc/cpu/finalize_torch.cpp",
-)
-CUDA_SOURCES = (
-    "csrc/cuda/depthwise.cu",
-    "csrc/cuda/depthwise_torch.cpp",
-    "csrc/cuda/toolkit.cu",
-)
+MIN_ARCHITECTURE = (8, 0)  # as backends/__init__.py: on older cards the CUDA kernels are not used
+
+
+def sources(*patterns):
+    """Paths relative to the project, as setuptools wants them, in a fixed order."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+CPU_SOURCES = ["csrc/module.cpp", *sources("csrc/cpu/*.cpp")]
+CUDA_SOURCES = sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
 
 
 class BuildError(SystemExit):
@@ -110,7 +97,7 @@ def find_toolkit(env):
     nvcc = shutil.which("nvcc", path=env.get("PATH"))
     if nvcc and not any(is_toolkit(c) for c in candidates):
         candidates += [root for root in (nvcc_root(nvcc), Path(nvcc).resolve().parent.parent) if root]
-    candidates.append(Path("/usr/local/cuda"))
+    candidates.append(DEFAULT_TOOLKIT)
     return next((c for c in candidates if is_toolkit(c)), None)
 
 
@@ -130,8 +117,11 @@ def check_cuda_version(nvcc, torch_cuda):
 
 
 def max_jobs(env, cores, free_bytes):
-    if env.get("MAX_JOBS"):
-        return int(env["MAX_JOBS"])
+    wish = env.get("MAX_JOBS")
+    if wish:
+        if not wish.isdecimal() or int(wish) < 1:
+            raise BuildError(f"mnet-kernels: MAX_JOBS must be a positive whole number, got {wish!r}.")
+        return int(wish)
     return max(1, min(cores, free_bytes // (4 << 30)))
 
 
@@ -142,6 +132,22 @@ def free_memory():
         return int(re.search(r"MemAvailable:\s+(\d+) kB", text).group(1)) * 1024
     except (OSError, AttributeError):
         return 1 << 40
+
+
+def architectures(env):
+    """TORCH_CUDA_ARCH_LIST, or the default, without the architectures the kernels are not written for."""
+    wish = env.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
+    kept = []
+    for item in re.split(r"[;,\s]+", wish.strip(" ;,")):
+        number = re.match(r"(\d+)\.(\d)", item)  # torch also knows names, such as Ampere
+        if number is None or (int(number[1]), int(number[2])) >= MIN_ARCHITECTURE:
+            kept.append(item)
+    if not kept:
+        raise BuildError(
+            f"mnet-kernels: TORCH_CUDA_ARCH_LIST={wish!r} names no architecture of 8.0 or higher, which the CUDA "
+            "kernels need. Add one, or set MNET_NO_CUDA=1 to build without the CUDA kernels."
+        )
+    return ";".join(kept)
 
 
 def extra_cuda_includes(toolkit, site_packages):
@@ -176,8 +182,7 @@ def decide(env, torch_version, torch_cuda):
     if toolkit is None:
         return replace(plan, reason="no CUDA toolkit found; set CUDA_HOME")
     check_cuda_version(nvcc_version(toolkit), torch_cuda)
-    arch_list = env.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
-    return replace(plan, cuda=True, toolkit=toolkit, arch_list=arch_list)
+    return replace(plan, cuda=True, toolkit=toolkit, arch_list=architectures(env))
 
 
 def openmp_flags(compiler):
@@ -229,7 +234,13 @@ def import_torch():
 
 def extension(plan):
     """The setuptools Extension of a plan.  CUDA_HOME must be set: torch's module reads it when first imported."""
-    import pybind11
+    try:
+        import pybind11
+    except ImportError:
+        raise BuildError(
+            "mnet-kernels: pybind11 is missing, which a build without isolation expects to find installed. "
+            f"pip install {' '.join(BUILD_REQUIREMENTS)}, then: {NO_BUILD_ISOLATION}"
+        ) from None
     from torch.utils import cpp_extension
 
     openmp_compile, openmp_link = openmp_flags(plan.compiler)
@@ -242,7 +253,7 @@ def extension(plan):
     }
     name = f"{PACKAGE}._C"
     if not plan.cuda:
-        return cpp_extension.CppExtension(name, list(CPU_SOURCES), extra_compile_args={"cxx": cxx}, **common)
+        return cpp_extension.CppExtension(name, CPU_SOURCES, extra_compile_args={"cxx": cxx}, **common)
     flags = {"cxx": cxx, "nvcc": ["-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]}
     return cpp_extension.CUDAExtension(name, [*CPU_SOURCES, *CUDA_SOURCES], extra_compile_args=flags, **common)
 
@@ -253,6 +264,8 @@ def build_commands(plan):
 
     class BuildPy(build_py):
         def run(self):
+            if not self.editable_mode:  # what an earlier build left there would be installed too
+                shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
             super().run()
             write_manifest(plan, ROOT if self.editable_mode else self.build_lib)
             if not plan.extension:
@@ -263,6 +276,10 @@ def build_commands(plan):
         from torch.utils.cpp_extension import BuildExtension
 
         class BuildExt(BuildExtension):
+            def finalize_options(self):
+                super().finalize_options()
+                self.force = True  # headers, torch and the choices above count as well as the sources' dates
+
             def run(self):
                 super().run()
                 write_manifest(plan, ROOT if self.inplace else self.build_lib)

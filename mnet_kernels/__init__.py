@@ -21,7 +21,15 @@ from .accelerate import AccelerateReport, accelerate, restore  # noqa: E402
 from .backends import BackendUnavailableError  # noqa: E402
 from .choice import backend, default_fused  # noqa: E402
 from .info import build_info  # noqa: E402
-from .models import FusedMobileNetV2, fused_mobilenet_v2  # noqa: E402
+from .models import (  # noqa: E402
+    FusedMobileNetV1,
+    FusedMobileNetV2,
+    FusedMobileNetV3,
+    fused_mobilenet_v1,
+    fused_mobilenet_v2,
+    fused_mobilenet_v3_large,
+    fused_mobilenet_v3_small,
+)
 from .params import BatchNormParams, SqueezeExciteParams  # noqa: E402
 from .stages import count_stages  # noqa: E402
 
@@ -29,7 +37,9 @@ __all__ = [
     "AccelerateReport",
     "BackendUnavailableError",
     "BatchNormParams",
+    "FusedMobileNetV1",
     "FusedMobileNetV2",
+    "FusedMobileNetV3",
     "SqueezeExciteParams",
     "__version__",
     "accelerate",
@@ -38,7 +48,10 @@ __all__ = [
     "count_stages",
     "default_fused",
     "functional",
+    "fused_mobilenet_v1",
     "fused_mobilenet_v2",
+    "fused_mobilenet_v3_large",
+    "fused_mobilenet_v3_small",
     "models",
     "nn",
     "restore",

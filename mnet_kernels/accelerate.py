@@ -32,7 +32,8 @@ def accelerate(model, *, backend=None, mode=None):
     children, other geometry) is kept and reported with the reason.  :func:`restore` undoes it.
 
     Args:
-        model: a model holding torchvision's InvertedResidual and Conv2dNormActivation blocks (mobilenet_v2).
+        model: a model holding torchvision's InvertedResidual and Conv2dNormActivation blocks (mobilenet_v2,
+            mobilenet_v3_large, mobilenet_v3_small).
         backend, mode: pin the choice of the fused modules (see ``mnet_kernels.backend``).
 
     Returns:
@@ -99,7 +100,7 @@ def _walk(parent, prefix, report, backend, mode):
 def _recognise(module):
     """(what it becomes or why not, maker or None) for a block that accelerate knows; None for any other module."""
     name = type(module).__name__
-    if name == "InvertedResidual" and hasattr(module, "conv") and hasattr(module, "use_res_connect"):
+    if name == "InvertedResidual" and {"conv", "block"} & set(module._modules) and hasattr(module, "use_res_connect"):
         return FusedInvertedResidual.__name__, FusedInvertedResidual.of
     if name in ("Conv2dNormActivation", "ConvBNActivation", "ConvBNReLU") and isinstance(module, nn.Sequential):
         return _recognise_conv(module)

@@ -21,7 +21,10 @@ def check_input(op, x):
 
 def check_block(op, x, layers, residual, se, autocast):
     channels, height, width = x.shape[1:]
+    name = op
     for i, layer in enumerate(layers):
+        if len(layers) > 3:
+            op = f"{name}, layer {i}"
         if se is not None and i == len(layers) - 1:
             check_squeeze_excite(op, x, se, channels)
         _check_conv(op, x, layer, channels, autocast)

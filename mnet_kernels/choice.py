@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from . import backends
-from .backends import BackendUnavailableError
+from .backends import BackendUnavailableError, compiled
 from .log import say_once
 
 BACKENDS = ("auto", *backends.NAMES)
@@ -110,17 +110,20 @@ def choose(device, dtype, backend=None, mode=None, expands=False):
     mode, _ = _requested(1, mode, MODES, "mode")
     # No measured rows yet: chain is the rule, and algebraic runs where it is asked for.
     choice = decide(name, who, device, dtype, "algebraic" if mode == "algebraic" and expands else "chain")
-    if not torch.compiler.is_compiling():
-        say_once(choice.message, choice.level)
+    if not torch.compiler.is_compiling() and say_once(choice.message, choice.level):
+        say_once(compiled.describe())
     return choice
 
 
 # Its result depends on its arguments and on the installation alone, so a traced graph may hold it as a constant; what
 # was asked for is resolved outside, where Dynamo guards on it.
-@torch.compiler.assume_constant_result
 def decide(name, who, device, dtype, mode):
     """The choice for one request, device and dtype (``choose`` without the asking)."""
     return _decide(name, who, device, dtype, mode)
+
+
+# All that torch.compiler.assume_constant_result does, but it imports Dynamo first: two seconds for every user.
+decide._dynamo_marked_constant = True
 
 
 @functools.lru_cache(maxsize=1024)

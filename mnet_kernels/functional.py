@@ -12,10 +12,12 @@ Every function raises TypeError on a wrong type or dtype, ValueError on a wrong 
 single value per channel when training, as torch does), BackendUnavailableError on a backend that cannot run here.
 """
 
+from functools import partial
+
 import torch
 
 from . import checks, schema
-from .autograd import Block, FusedBlock, Layer, autocast_off
+from .autograd import Block, FusedBlock, Layer, autocast_off, autocast_on
 from .backends import native
 from .choice import choose
 from .params import BatchNormParams, ConvBNAct, SqueezeExciteParams
@@ -23,11 +25,13 @@ from .stages import note, stage
 
 __all__ = [
     "BatchNormParams",
+    "ConvBNAct",
     "SqueezeExciteParams",
     "depthwise_conv_bn_act",
     "inverted_residual",
     "pointwise_conv_bn_act",
     "separable_conv",
+    "separable_sequence",
     "squeeze_excite",
 ]
 
@@ -87,6 +91,29 @@ def separable_conv(
         ConvBNAct("pointwise", pointwise_weight, pointwise_bn, activation),
     )
     return _run("separable_conv", x, layers, False, None, backend, mode)
+
+
+def separable_sequence(x, blocks, *, backend=None, mode=None):
+    """Several of MobileNetV1's blocks in a row, of which only the last writes its output.
+
+    The others leave their pointwise layer's raw output, and the next block's depthwise layer applies batch norm and
+    activation as it reads it.
+
+    Args:
+        x: [N, C, H, W].
+        blocks: non-empty sequence of pairs (depthwise, pointwise) of :class:`ConvBNAct`.
+        backend, mode: see ``mnet_kernels.backend``.
+
+    Returns:
+        The last block's output.
+    """
+    kinds = [tuple(getattr(layer, "kind", type(layer).__name__) for layer in block) for block in blocks]
+    if not kinds or any(kind != ("depthwise", "pointwise") for kind in kinds):
+        raise ValueError(
+            f"separable_sequence: blocks must be one or more pairs of ConvBNAct, depthwise then pointwise; got {kinds}"
+        )
+    layers = tuple(layer for block in blocks for layer in block)
+    return _run("separable_sequence", x, layers, False, None, backend, mode, node=2)
 
 
 def inverted_residual(
@@ -158,15 +185,16 @@ def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias):
 
 def _compute_dtype(x):
     """The storage dtype: autocast's where it is on (float64 is left alone, as by torch), else x's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocast_on(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def _run(op, x, layers, residual, se, backend, mode):
+def _run(op, x, layers, residual, se, backend, mode, node=None):
+    """``node``: layers that make one autograd node of the fused path (None: all of them)."""
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
-    checks.check_block(op, x, layers, residual, se, autocast=torch.is_autocast_enabled(x.device.type))
+    checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
     expands = len(layers) == 3
     choice = choose(x.device, dtype, backend, mode, expands)
     # An empty batch has no statistics: torch's own ops define what then happens.
@@ -174,14 +202,21 @@ def _run(op, x, layers, residual, se, backend, mode):
         note(f"native::{op}")
         return native.block(x, layers, residual, se)
     with autocast_off(x.device.type):
-        return _run_fused(x.to(dtype), layers, residual, se, choice)
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        node = node or len(layers)
+        source = None  # x's bn table and activation while x is raw
+        for start in range(0, len(layers), node):
+            raw = start + node < len(layers)
+            x, source = _run_node(x, layers[start : start + node], residual, se, choice, source, raw)
+        return x
 
 
-def _run_fused(x, layers, residual, se, choice):
+def _run_node(x, layers, residual, se, choice, source, raw):
+    """One autograd node; returns its output and, if that is raw, (bn table, activation)."""
     rows = tuple(
         Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats) for c in layers
     )
-    block = Block(choice.backend, choice.mode, rows, residual, se is not None)
+    block = Block(choice.backend, choice.mode, rows, residual, se is not None, source and source[1], raw)
     tensors = []
     for layer in layers:
         bn = layer.bn
@@ -190,11 +225,18 @@ def _run_fused(x, layers, residual, se, choice):
         tensors += [layer.weight, bn.weight, bn.bias, *running]
     if se is not None:
         tensors += se
-    x = x.contiguous(memory_format=torch.channels_last)
-    out, *stats = FusedBlock.apply(block, x, *tensors)
-    update = stage(choice.backend).update_running_stats
-    batch_norms = [layer.bn for layer in layers if layer.bn.batch_stats]
+    if source is not None:
+        tensors.append(source[0])
+    update = partial(_update_running_stats, stage(choice.backend), [c.bn for c in layers if c.bn.batch_stats])
+    if torch.compiler.is_compiling():  # a traced autograd.Function may not change buffers
+        out, *stats = FusedBlock.apply(block, None, x, *tensors)
+        update(stats[1:] if raw else stats)
+    else:
+        out, *stats = FusedBlock.apply(block, update, x, *tensors)
+    return out, (stats[0], rows[-1].act) if raw else None
+
+
+def _update_running_stats(stages, batch_norms, stats):
     for bn, mean, var in zip(batch_norms, stats[::2], stats[1::2], strict=True):
         if bn.updates:
-            update(bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, bn.momentum)
-    return out
+            stages.update_running_stats(bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, bn.momentum)

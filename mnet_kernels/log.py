@@ -9,11 +9,15 @@ _said = set()
 
 
 def say_once(message, level=logging.INFO):
-    """Log a message the first time it comes up in this process (never while a graph is being traced)."""
+    """Log a message the first time it comes up in this process (never while a graph is being traced).
+
+    Returns whether this was the time.
+    """
     if torch.compiler.is_compiling() or message in _said:
-        return
+        return False
     _said.add(message)
     logger.log(level, message)
+    return True
 
 
 def forget():

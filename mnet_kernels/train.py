@@ -68,8 +68,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def build_parser():
     """The command line."""
+    from .models import MODELS
     from .training.data import DATASETS
-    from .training.engine import AMP_DTYPES, MODELS
+    from .training.engine import AMP_DTYPES
 
     parser = _Parser(
         prog="python -m mnet_kernels.train", usage="%(prog)s [options]", description=DESCRIPTION, epilog=EPILOG,
@@ -79,17 +80,25 @@ def build_parser():
     add("--model", choices=MODELS, default="v2", help="network")
     add("--data", choices=DATASETS, default="digits", help="data set")
     add("--width", type=_number(float, 0, low_ok=False), default=1.0, metavar="X", help="width multiplier")
+    add("--stem-stride", type=int, choices=(1, 2), default=2, help="of the first convolution; 1 for small images")
     add("--res", type=_number(int, 8, 4096), default=64, metavar="PX", help="side of the images in pixels")
     add("--limit-train", type=_number(int, 2), metavar="N", help="use only the first N training images")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=_number(int, 1), default=20, metavar="N", help="epochs")
+    add("--epochs", type=_number(int, 1), default=12, metavar="N", help="epochs")
     add("--batch-size", type=_number(int, 2), default=32, metavar="N", help="images a step")
-    add("--lr", type=_number(float, 0, low_ok=False), default=0.05, help="peak learning rate (SGD, cosine to 0)")
+    add("--lr", type=_number(float, 0, low_ok=False), default=0.1, help="peak learning rate (SGD, cosine to 0)")
     add("--warmup-epochs", type=_number(float, 0), default=2.0, metavar="N", help="epochs of linear warm-up")
     add("--momentum", type=_number(float, 0, 1), default=0.9, help="Nesterov momentum; 0 is plain SGD")
     add("--weight-decay", type=_number(float, 0), default=1e-4, help="not applied to batch norm and biases")
     add("--label-smoothing", type=_number(float, 0, 1), default=0.1, help="label smoothing")
+    add(
+        "--clip-grad",
+        type=_number(float, 0),
+        default=1.0,
+        metavar="X",
+        help="largest norm of the gradient; 0 is no limit",
+    )
     add("--seed", type=_number(int, 0, 2**31 - 1), default=0, help="seed of weights, order, augmentation, dropout")
 
     add = parser.add_argument_group("how it computes").add_argument
@@ -101,7 +110,7 @@ def build_parser():
     add("--threads", type=_number(int, 1), metavar="N", help="CPU threads (default: torch's own choice)")
 
     add = parser.add_argument_group("results").add_argument
-    add("--out", default="runs/v2-digits", metavar="DIR", help="directory of the results")
+    add("--out", metavar="DIR", help="directory of the results (default: runs/MODEL-DATA)")
     add("--resume", action="store_true", help="go on with the interrupted run in --out")
     add("--overwrite", action="store_true", help="replace an unfinished run in --out (a finished one always is)")
     add("--no-progress", action="store_true", help="no progress bar (there is none without a terminal)")
@@ -136,6 +145,8 @@ def _run(args, argv):
         raise TrainingError("--compare cannot resume: run it again, or resume one of its two runs by its own --out")
     if args.compare_backend and not args.compare:
         raise TrainingError("--compare-backend needs --compare")
+    if args.out is None:
+        args.out = f"runs/{args.model}-{args.data}"
     if args.threads:
         torch.set_num_threads(args.threads)
     config = _config(args)

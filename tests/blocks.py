@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 import mnet_kernels as mk
-from mnet_kernels import BatchNormParams, SqueezeExciteParams, functional
+from mnet_kernels import BatchNormParams, SqueezeExciteParams, backends, functional
 
 FUSED = (("reference", "chain"), ("reference", "algebraic"))
 ACTIVATIONS = ("identity", "relu", "relu6", "hardswish")
@@ -112,7 +112,8 @@ def step(inputs, backend, mode=None, autocast=None, upstream=None):
     """
     before = [{k: v.clone() for k, v in bn.state_dict().items()} for bn in inputs.bns]
     wanted = {name: t for name, t in inputs.leaves.items() if t.requires_grad}
-    with mk.backend(backend, mode), torch.autocast("cpu", autocast, enabled=autocast is not None):
+    device = inputs.x.device.type
+    with mk.backend(backend, mode), torch.autocast(device, autocast, enabled=autocast is not None):
         out = inputs.call()
     if upstream is None:
         upstream = upstream_of(out)
@@ -156,6 +157,9 @@ CASES = [
 ]  # fmt: skip
 
 
-def fused_modes(case):
-    """The fused (backend, mode) pairs that differ for a case."""
-    return FUSED if case.op == "inverted_residual" and case.expand else FUSED[:1]
+def fused_modes(case, compiled=False, device="cpu"):
+    """The fused (backend, mode) pairs that differ for a case; ``compiled``: every whole one of the device too (those
+    have no float64)."""
+    own = [name for name, where in backends.DEVICES.items() if compiled and where == device]
+    pairs = FUSED + tuple((name, mode) for name in own for mode in backends.MODE_STAGES if backends.whole(name, mode))
+    return [(b, mode) for b, mode in pairs if mode == "chain" or (case.op == "inverted_residual" and case.expand)]

@@ -7,8 +7,11 @@ import torch
 
 from mnet_kernels import log
 
-# Two threads: the sums of a reduction then split as on the smallest machine the suite is meant for.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Two threads: the sums of a reduction then split as on the smallest machine the suite is meant for.  One each where
+# pytest-xdist runs several tests at once: threads that wait for each other on busy cores slow a test down 50 times.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the programs that tests start
 
 
 # Fresh inputs in every run; the seed is printed, and MNET_TEST_SEED=<seed> runs the same inputs again.

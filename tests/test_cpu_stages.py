@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch_stages
 from precision import Judge
 from torch.library import opcheck
 
@@ -71,78 +71,9 @@ class Layer:
         )  # fmt: skip
 
 
-# ---- torch's own ops in the storage dtype: what our error is measured against ---------------------------------------
-
-
-def _channel(v):
-    return v.view(1, -1, 1, 1)
-
-
-def _act_backward(g, u, act):
-    """g * act'(u) by torch's own backward."""
-    name = ACTIVATIONS[act]
-    if name == "relu":
-        return torch.ops.aten.threshold_backward(g, u, 0)
-    if name == "relu6":
-        return torch.ops.aten.hardtanh_backward(g, u, 0.0, 6.0)
-    return torch.ops.aten.hardswish_backward(g, u) if name == "hardswish" else g
-
-
-def torch_depthwise(x, weight, bn, act, stride, moments):
-    z = x if bn is None else reference._act(_normalize(x, bn), act)
-    y = F.conv2d(z, weight, None, stride, weight.shape[-1] // 2, 1, weight.shape[0])
-    return y, torch.stack([y.float().mean((0, 2, 3)), y.float().var((0, 2, 3), correction=0)])
-
-
-def _normalize(x, bn):
-    """The affine in the storage dtype, as batch_norm returns it."""
-    return (x.float() * _channel(bn[0]) + _channel(bn[1])).to(x.dtype)
-
-
-def torch_depthwise_backward(
-    grad, y, y_bn, coef, y_act, gate, offset, x, weight, bn, act, stride, residual, needs_dx, needs_dw
-):
-    g = grad
-    if gate is not None:
-        g = g * gate[:, :, None, None].to(g.dtype) + offset[:, :, None, None].to(g.dtype)
-    g = _act_backward(g, _normalize(y, y_bn), y_act)
-    dy = _channel(y_bn[0]) * g.float() + _channel(coef[0]) * (y.float() - _channel(y_bn[2])) + _channel(coef[1])
-    z = x if bn is None else reference._act(_normalize(x, bn), act)
-    pad = weight.shape[-1] // 2
-    gz, dw, _ = torch.ops.aten.convolution_backward(
-        dy.to(y.dtype), z, weight, None, [stride, stride], [pad, pad], [1, 1], False, [0, 0], weight.shape[0],
-        [True, True, False],
-    )  # fmt: skip
-    if bn is None:
-        return gz if residual is None else gz + residual, gz.new_empty(0), dw
-    gx = _act_backward(gz, _normalize(x, bn), act)
-    return gx, _sums(gx, x, bn), dw
-
-
-def _sums(g, y, bn):
-    g = g.float()
-    return torch.stack([g.sum((0, 2, 3)), (g * (y.float() - _channel(bn[2]))).sum((0, 2, 3))])
-
-
-def torch_normalize(y, bn, act, residual):
-    out = reference._act(_normalize(y, bn), act)
-    return out if residual is None else out + residual
-
-
-def torch_normalize_backward(grad, y, bn, act):
-    return _sums(_act_backward(grad, _normalize(y, bn), act), y, bn)
-
-
-def torch_squeeze(y, bn, act):
-    u = _normalize(y, bn)
-    d = _act_backward(torch.ones_like(u), u, act).float()
-    centred = y.float() - _channel(bn[2])
-    return torch.stack([reference._act(u, act).mean((2, 3)).float(), d.sum((2, 3)), (d * centred).sum((2, 3))])
-
-
 def judge(name, make, dtype):
     """The pass rule over every result of a stage, medians over several draws."""
-    low = globals()[f"torch_{name}"]
+    low = getattr(torch_stages, name)
     verdict = Judge(dtype)
     for _ in range(DRAWS):
         args = make()
@@ -335,7 +266,7 @@ def test_derivatives_exactly_at_kinks(name, dtype):
     u = kinks.repeat(c * 12)[: c * 12].view(1, c, 3, 4).to(dtype).contiguous(memory_format=torch.channels_last)
     bn = torch.stack([torch.ones(c), *[torch.zeros(c)] * 2, *[torch.ones(c)] * 2])
     grad = maps(dtype, 1, c, 3, 4)
-    want = _act_backward(grad.float(), u.float(), act)
+    want = torch_stages._act_backward(grad.float(), u.float(), act)
     torch.testing.assert_close(ours("normalize_backward")(grad, u, bn, act)[0], want.sum((0, 2, 3)))
     # a centre tap of 1 and an identity upstream hand grad through to x's mask
     weight = torch.zeros(c, 1, 3, 3, dtype=dtype)
@@ -410,8 +341,8 @@ def test_independent_of_threads(dtype):
     bn, before = bn_table(48), torch.get_num_threads()
 
     def everything():
-        yield from (t for one in (layer, wide) for t in ours("depthwise")(*one.forward()))
-        yield from (t for one in (layer, wide) for t in ours("depthwise_backward")(*one.backward()))
+        yield from (t for row in (layer, wide) for t in ours("depthwise")(*row.forward()))
+        yield from (t for row in (layer, wide) for t in ours("depthwise_backward")(*row.backward()))
         yield ours("normalize")(layer.x, bn, 2, layer.grad)
         yield ours("normalize_backward")(layer.grad, layer.x, bn, 2)
         yield ours("squeeze")(layer.x, bn, 3)

@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("sklearn")
 
 from mnet_kernels import train
+from mnet_kernels.models import MODELS
 from mnet_kernels.training import TrainingError, checkpoint, compare, data, engine, metrics
 from mnet_kernels.training.progress import Progress
 
@@ -151,15 +152,24 @@ def test_augmentation_is_the_affine_map_it_says():
 # ---- a run and what it leaves ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_and_its_stem(name):
+    for stride in (1, 2):
+        model = engine.build_model(name, 10, 0.25, stride)
+        first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+        assert first.stride == (stride, stride)
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_it_learns(tmp_path, capsys):
-    options = ["--width", "0.25", "--res", "32", "--epochs", "6", "--lr", "0.1", "--device", "cpu"]
+    options = ["--width", "0.25", "--res", "32", "--epochs", "8", "--device", "cpu"]
     assert train.main([*options, "--out", str(tmp_path)]) == 0
     records = metrics.read_records(tmp_path / "metrics.jsonl")
     assert records[-1]["test_accuracy"] > 0.8  # chance is 0.1
     assert records[-2]["train_loss"] < records[1]["train_loss"] - 0.5
     out = capsys.readouterr().out
     assert (
-        len(re.findall(r"^epoch +\d+/6  loss \d\.\d{4}  test accuracy +\d+\.\d\d %  +[\d.]+ images/s$", out, re.M)) == 6
+        len(re.findall(r"^epoch +\d+/8  loss \d\.\d{4}  test accuracy +\d+\.\d\d %  +[\d.]+ images/s$", out, re.M)) == 8
     )
     assert f"final test accuracy {100 * records[-1]['test_accuracy']:.2f} %" in out
 
@@ -308,7 +318,7 @@ def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path, capsys):
     "options, named",
     [
         (["--seed", "7"], ["seed (saved 0, now 7)"]),
-        (["--batch-size", "16", "--lr", "0.01"], ["batch-size (saved 32, now 16)", "lr (saved 0.05, now 0.01)"]),
+        (["--batch-size", "16", "--lr", "0.01"], ["batch-size (saved 32, now 16)", "lr (saved 0.1, now 0.01)"]),
         (["--limit-train", "64"], ["limit-train (saved 96, now 64)"]),
         (["--width", "0.2"], ["width (saved 0.1, now 0.2)"]),
         (["--backend", "reference"], ["backend (saved auto, now reference)"]),
@@ -490,7 +500,8 @@ def test_bad_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys, 
 
 
 def test_huge_learning_rate_is_stopped_before_its_weights_are_saved(tmp_path, capsys):
-    options = ["--lr", "1e38", "--warmup-epochs", "0", "--limit-train", "32"]  # one step: its loss is still finite
+    # one step: its loss is still finite
+    options = ["--lr", "1e38", "--clip-grad", "0", "--warmup-epochs", "0", "--limit-train", "32"]
     assert run(tmp_path, *options) == 1
     message = capsys.readouterr().err
     assert "NaN or infinite" in message or "became" in message
@@ -534,7 +545,8 @@ def test_compare_reports_a_failing_child(tmp_path, capsys, monkeypatch):
 
 def test_compare_children_get_the_settings():
     parser = train.build_parser()
-    options = ["--no-channels-last", "--epochs", "3", "--seed", "5", "--amp", "bf16", "--weight-decay", "0", *SMALL]
+    options = ["--no-channels-last", "--epochs", "3", "--seed", "5", "--amp", "bf16", "--weight-decay", "0"]
+    options += ["--stem-stride", "1", *SMALL]
     config = train._config(parser.parse_args(options))
     child = parser.parse_args(compare.command(config, "reference", "there", threads=1)[3:])
     assert child.threads == 1 and child.out == "there" and child.overwrite

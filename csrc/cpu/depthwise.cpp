@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../common/moments.h"
+#include "../common/plant.h"
 
 namespace mnet::cpu {
 
@@ -60,7 +61,8 @@ void depthwise_finish(const DepthwiseParams& p, const DepthwisePlan& plan, const
   std::vector<double> mean(p.c, 0.0), m2(p.c, 0.0);
   double count = 0.0;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-    const int64_t rows = std::min(plan.rows_per_chunk, plan.rows - chunk * plan.rows_per_chunk);
+    const int64_t left = plan.rows - chunk * plan.rows_per_chunk;
+    const int64_t rows = MNET_PLANT(7, std::min(plan.rows_per_chunk, left), plan.rows_per_chunk);
     const double added = static_cast<double>(rows) * p.out_w;
     const double weight = added / (count + added);
     const double* chunk_mean = workspace + 2 * chunk * p.c;

@@ -12,6 +12,7 @@
 
 #include "../common/moments.h"
 #include "../common/params.h"
+#include "../common/plant.h"
 #include "depthwise.h"
 #include "simd.h"
 
@@ -57,7 +58,7 @@ void init_lanes(DepthwiseLanes<Traits>& g, const DepthwiseParams& p, int channel
     const int64_t at = tap / Traits::kKernel * p.weight_stride_h + tap % Traits::kKernel * p.weight_stride_w;
     g.weight[tap] = Vec{};
     for (int i = 0; i < g.valid; ++i) {
-      g.weight[tap][i] = Traits::Storage::scalar(p.weight, at + (channel + i) * p.weight_stride_c);
+      g.weight[tap][i] = Traits::Storage::scalar(p.weight, at + (channel + MNET_PLANT(1, i, 0)) * p.weight_stride_c);
     }
   }
   g.scale = g.shift = Vec{};
@@ -75,7 +76,7 @@ void load_row(const DepthwiseLanes<Traits>& g, const DepthwiseParams& p, const t
   const int begin = static_cast<int>(within<int64_t>(-first, 0, count));
   const int end = static_cast<int>(within<int64_t>(p.w - first, begin, count));
   fill_zero(ring, ring + begin);
-  fill_zero(ring + end, ring + count);
+  fill_zero(ring + MNET_PLANT(2, end, count), ring + count);
   const typename Traits::Lane* from = row + (first + begin) * p.c + g.channel;
   const auto load = [&](int64_t i) {
     return Traits::Storage::unpack(load_lanes<kPartial, typename Traits::Lane, typename Traits::Raw>(from + i * p.c, g.valid));
@@ -139,7 +140,7 @@ void output_row(DepthwiseLanes<Traits>& g, const DepthwiseParams& p, const Vec* 
     sum1 = sum1 + d1;
     sum2 = sum2 + d2;
   };
-  for_blocks<Traits::kBlock>(0, columns, emit);
+  for_blocks<Traits::kBlock>(0, MNET_PLANT(3, columns, columns - 1), emit);
   g.run_shift = shift;
   g.run_sum1 = sum1;
   g.run_sum2 = sum2;
@@ -190,12 +191,12 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
   for (int64_t column = 0; column < p.out_w; column += Traits::kColumns) {
     const int columns = static_cast<int>(least<int64_t>(Traits::kColumns, p.out_w - column));
     const int in_columns = (columns - 1) * Traits::kStride + kKernel;
-    const int64_t first_column = column * Traits::kStride - Traits::kPad;
+    const int64_t first_column = column * Traits::kStride - MNET_PLANT(4, Traits::kPad, Traits::kPad - 1);
     int64_t loaded = 0;  // one past the last input row in the ring
     for (int64_t row = unit.row_begin; row < unit.row_end; ++row) {
       const int64_t image = row / p.out_h, oh = row % p.out_h;
       const int64_t top = oh * Traits::kStride - Traits::kPad;
-      if (row == unit.row_begin || oh == 0) loaded = top;
+      if (row == unit.row_begin || MNET_PLANT(5, oh == 0, false)) loaded = top;
       const auto slot = [&](int64_t ih) { return static_cast<int>((ih + kKernel) % kKernel); };  // ih >= -kPad
       if (run + columns > Traits::kRunLength) flush();
       for (int g = 0; g < num_groups; ++g) {
@@ -213,7 +214,8 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
         const Vec* rows[kKernel];
         for (int i = 0; i < kKernel; ++i) rows[i] = lanes.ring[slot(top + i)];
         const auto output = partial ? output_row<Traits, true> : output_row<Traits, false>;
-        output(lanes, p, rows, columns, y + row * out_row + column * p.c + lanes.channel, run == 0, run + flushed == 0);
+        output(lanes, p, rows, columns, y + row * out_row + column * p.c + lanes.channel,
+               MNET_PLANT(6, run == 0, run + flushed == 0), run + flushed == 0);
       }
       loaded = top + kKernel;
       run += columns;

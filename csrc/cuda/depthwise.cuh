@@ -4,6 +4,7 @@
 
 #include "../common/moments.h"
 #include "../common/params.h"
+#include "../common/plant.h"
 #include "device.h"
 
 namespace mnet::cuda {
@@ -76,7 +77,7 @@ MNET_DEVICE void store_pack(typename Traits::T* to, const Pack<typename Traits::
   }
   MNET_UNROLL
   for (int v = 0; v < Traits::kVec; ++v) {
-    if (v < valid) to[v] = pack.lane[v];
+    if (MNET_PLANT(1, v < valid, v + 1 < valid)) to[v] = pack.lane[v];
   }
 }
 
@@ -111,7 +112,7 @@ MNET_DEVICE void load_tile(const DepthwiseParams& p, const typename Traits::T* i
       with_activation(p.act, [&](auto act) {
         MNET_UNROLL
         for (int u = 0; u < Traits::kLoads; ++u) {
-          if (inside[u]) {
+          if (MNET_PLANT(2, inside[u], true)) {
             MNET_UNROLL
             for (int v = 0; v < Traits::kVec; ++v) {
               const float value = fmaf(a[v], to_float(z[u].lane[v]), b[v]);
@@ -213,10 +214,14 @@ __global__ void __launch_bounds__(Traits::kThreads)
   for (int64_t t = first; t < last; ++t) {
     const int oh = tile_h * Traits::kTileH, ow = tile_w * Traits::kTileW;  // of the tile
     const T* in = static_cast<const T*>(p.x) + image * p.h * p.w * p.c + channel;
-    __syncthreads();  // the previous tile is used up; before the first one, weight, scale and shift are there
-    load_tile<Traits>(p, in, oh * Traits::kStride - Traits::kPad, ow * Traits::kStride - Traits::kPad, valid,
-                      tiling.vectorized, scale, shift, tile);
-    __syncthreads();
+    // The previous tile is used up; before the first one, weight, scale and shift are there.
+    MNET_PLANT(3, __syncthreads(), (void)0);
+    const int top = oh * Traits::kStride - MNET_PLANT(4, Traits::kPad, Traits::kPad - 1);
+    const int left = ow * Traits::kStride - Traits::kPad;
+    if (MNET_PLANT(5, true, t == first)) {
+      load_tile<Traits>(p, in, top, left, valid, tiling.vectorized, scale, shift, tile);
+    }
+    MNET_PLANT(6, __syncthreads(), (void)0);
 
     float out[Traits::kRows][kVec];
     const int in_row = strip * Traits::kRows * Traits::kStride, in_column = column * Traits::kStride;
@@ -244,7 +249,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
         float sum1 = 0.f, sum2 = 0.f;
         MNET_UNROLL
         for (int o = 1; o < Traits::kRows; ++o) {
-          const float d = o < rows ? out[o][v] - out[0][v] : 0.f;
+          const float d = MNET_PLANT(7, o < rows, true) ? out[o][v] - out[0][v] : 0.f;
           sum1 += d;
           sum2 = fmaf(d, d, sum2);
         }
@@ -265,11 +270,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   if (p.moments == nullptr) return;
   if (pack == 0) counts[lane] = count;  // the first pack of a block always has channels
-  __syncthreads();
+  MNET_PLANT(8, __syncthreads(), (void)0);
   if (tid >= Traits::kChannels || block_channel + tid >= p.c) return;
   Moments<float> sum{0.f, 0.f, 0.f};
   for (int l = 0; l < Traits::kPixelLanes; ++l) {
-    const int slot = l * Traits::kPacks + tid / kVec;
+    const int slot = l * Traits::kPacks + MNET_PLANT(9, tid / kVec, tid % kVec);
     sum = combine(sum, Moments<float>{counts[l], means[tid % kVec][slot], m2s[tid % kVec][slot]});
   }
   float* partial = workspace + chunk * 3 * p.c + block_channel + tid;
@@ -298,7 +303,7 @@ __global__ void __launch_bounds__(CombineTraits::kThreads)
   double count = 0.0, sum1 = 0.0, sum2 = 0.0;
   if (exists) {
     MNET_UNROLL_BY(4)
-    for (int64_t chunk = run; chunk < chunks; chunk += CombineTraits::kRuns) {
+    for (int64_t chunk = run; chunk < MNET_PLANT(10, chunks, chunks - 1); chunk += CombineTraits::kRuns) {
       const float* partial = workspace + chunk * 3 * c + channel;
       const double n = partial[0], d = partial[c] - shift;
       count += n;
@@ -309,7 +314,7 @@ __global__ void __launch_bounds__(CombineTraits::kThreads)
   sums[0][run][lane] = count;
   sums[1][run][lane] = sum1;
   sums[2][run][lane] = sum2;
-  __syncthreads();
+  MNET_PLANT(11, __syncthreads(), (void)0);
   if (run != 0 || channel >= c) return;
   for (int r = 1; r < CombineTraits::kRuns; ++r) {
     count += sums[0][r][lane];

@@ -56,7 +56,7 @@ enum class Schedule { kForward, kReverse, kRandomThreads, kRandomWarps };
 constexpr Schedule kSchedules[] = {Schedule::kForward, Schedule::kReverse, Schedule::kRandomThreads,
                                    Schedule::kRandomWarps};
 constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kStackBytes = 64 << 10;
 
 struct Place {
   const char* file;

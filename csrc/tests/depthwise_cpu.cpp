@@ -1,5 +1,6 @@
 // The CPU depthwise kernel of every capability this machine has, against the double reference.
 #include <cstdio>
+#include <cstdlib>
 
 #include "../cpu/depthwise.h"
 #include "depthwise_reference.h"
@@ -29,12 +30,13 @@ int main() {
       for (const test::Case& shape : cases) {
         test::Problem problem(shape, dtype, 1 + checks);
         const std::vector<float> moments = run(problem, capability, false);
-        failures += !problem.check(cpu::capability_name(capability), capability == cpu::Capability::kDefault);
+        failures += !problem.check(cpu::capability_name(capability), 128, capability != cpu::Capability::kDefault);
         if (run(problem, capability, true) != moments) {
           std::printf("%s: the moments depend on the order of the units\n", test::describe(shape, dtype).c_str());
           ++failures;
         }
         ++checks;
+        if (failures > 0 && std::getenv("MNET_PLANT") != nullptr) return 1;  // found it
       }
     }
   }

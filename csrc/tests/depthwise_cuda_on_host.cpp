@@ -1,12 +1,13 @@
 // The CUDA depthwise kernels, run on the CPU (cuda_host.h) under every schedule, against the double reference.
 #include <cstdio>
+#include <cstdlib>
 
 #include "../cuda/depthwise.cu"  // the launcher itself, its launches replaced
 #include "depthwise_reference.h"
 
 using namespace mnet;
 
-int main() {
+int main() try {
   int failures = 0, checks = 0;
   std::vector<test::Case> cases = test::cases();
   cases.push_back({70, 8, 33, 66, 3, 1, 2});  // more tiles than chunks: blocks walk over several
@@ -25,7 +26,7 @@ int main() {
         std::vector<double> y;
         for (int64_t i = 0; i < size; ++i) y.push_back(problem.y.get(i));
         if (schedule == host::Schedule::kForward) {
-          failures += !problem.check("CUDA kernel on the CPU");
+          failures += !problem.check("CUDA kernel on the CPU", 4);
           first_y = y;
           first_moments = problem.moments;
         } else if (y != first_y || problem.moments != first_moments) {
@@ -34,8 +35,12 @@ int main() {
         }
       }
       ++checks;
+      if (failures > 0 && std::getenv("MNET_PLANT") != nullptr) return 1;  // found it
     }
   }
   std::printf("%d problems, %d failures\n", checks, failures);
   return failures != 0;
+} catch (const std::exception& error) {
+  std::printf("%s\n", error.what());
+  return 1;
 }

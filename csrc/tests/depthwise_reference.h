@@ -1,6 +1,7 @@
 // Depthwise convolution in double, element by element, and the inputs and bounds the tests share.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -168,10 +169,18 @@ struct Problem {
     return round_to(dtype, z);
   }
 
-  // Checks y and the moments; prints what is wrong.  `flips`: the processor has no fused multiply-add, so an activated
-  // value may have been rounded to its other neighbour.
-  bool check(const std::string& label, bool flips = false) {
+  // The terms that scale*x + shift adds.
+  double prologue_magnitude(int64_t index, int c) {
+    return shape.act < 0 ? 0.0 : std::fabs(bn[c] * x.get(index)) + std::fabs(bn[shape.c + c]);
+  }
+
+  // Checks y and the moments; prints what is wrong.  `run`: how many values the kernel sums one after the other in
+  // float32, shifted by one of them: the partial sums grow to `run` times the shift's distance from the mean, so their
+  // rounding errors, divided by `run`, come to sqrt(run) / 3 times unit32 times that distance; six times that is allowed.  `fused`: scale*x + shift is one multiply-add; otherwise it errs by the rounding of its terms, and
+  // the activated value may have been rounded to its other neighbour.
+  bool check(const std::string& label, int run, bool fused = true) {
     const double unit = std::ldexp(1.0, -significant_bits(dtype)), unit32 = std::ldexp(1.0, -24);
+    const double smallest_normal = std::ldexp(1.0, dtype == Dtype::kFloat16 ? -14 : -126);
     const int taps = shape.kernel * shape.kernel, pad = shape.kernel / 2, oh_size = out(shape.h), ow_size = out(shape.w);
     bool good = true;
     const auto report = [&](const char* what, int c, double got, double want, double bound) {
@@ -188,16 +197,19 @@ struct Problem {
       for (int64_t n = 0; n < shape.n; ++n) {
         for (int oh = 0; oh < oh_size; ++oh) {
           for (int ow = 0; ow < ow_size; ++ow) {
-            double want = 0.0, magnitude = 0.0;
+            double want = 0.0, magnitude = 0.0, unfused = 0.0;
             for (int tap = 0; tap < taps; ++tap) {
               const int ih = oh * shape.stride - pad + tap / shape.kernel, iw = ow * shape.stride - pad + tap % shape.kernel;
               if (ih < 0 || ih >= shape.h || iw < 0 || iw >= shape.w) continue;
-              const double term = activated(((n * shape.h + ih) * shape.w + iw) * shape.c + c, c) * weight.get(at(c, tap));
+              const int64_t index = ((n * shape.h + ih) * shape.w + iw) * shape.c + c;
+              const double w = weight.get(at(c, tap)), term = activated(index, c) * w;
               want += term;
               magnitude += std::fabs(term);
+              if (!fused) unfused += std::fabs(w) * 3 * unit32 * prologue_magnitude(index, c) + 2 * unit * std::fabs(term);
             }
             const double got = y.get(((n * oh_size + oh) * ow_size + ow) * shape.c + c);
-            report("y", c, got, want, unit * std::fabs(want) + (taps * unit32 + (flips ? 2 * unit : 0.0)) * magnitude);
+            const double rounding = unit * std::max(std::fabs(want), smallest_normal);
+            report("y", c, got, want, rounding + taps * unit32 * magnitude + unfused);
             stored.push_back(got);
             sum += got;
             ++count;
@@ -211,10 +223,14 @@ struct Problem {
         continue;
       }
       const double mean = sum / count;
-      double variance = 0.0;
-      for (const double v : stored) variance += (v - mean) * (v - mean) / count;
+      double variance = 0.0, farthest = 0.0;
+      for (const double v : stored) {
+        variance += (v - mean) * (v - mean) / count;
+        farthest = std::max(farthest, std::fabs(v - mean));
+      }
       const bool constant = c == shape.constant;
-      report("mean", c, moments[c], constant ? stored[0] : mean, constant ? 0.0 : 4 * unit32 * (std::fabs(mean) + std::sqrt(variance)));
+      const double rounding = unit32 * (4 * std::fabs(mean) + 2 * std::sqrt(std::min<double>(run, count)) * farthest);
+      report("mean", c, moments[c], constant ? stored[0] : mean, constant ? 0.0 : rounding);
       report("variance", c, moments[shape.c + c], constant ? 0.0 : variance, constant ? 0.0 : 1e-4 * variance);
     }
     return good;

@@ -14,7 +14,7 @@ from ..stages import stage
 from . import algebraic, chain
 from .batch_norm import PER_LAYER
 
-__all__ = ["Block", "FusedBlock", "Layer", "autocast_off"]
+__all__ = ["Block", "FusedBlock", "Layer", "autocast_off", "autocast_on"]
 
 _MODES = {"chain": chain, "algebraic": algebraic}
 
@@ -30,13 +30,20 @@ class Layer(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The static description of a block."""
+    """The static description of a block.
+
+    Chain mode can pass a raw map from block to block, so that each stays an autograd node of its own whose saved maps
+    are freed as soon as its backward is done.  Between two such blocks the gradients are no derivatives but what the
+    backward stages hand on: of the map, the masked gradient at its batch norm; of its table, the sums (two rows).
+    """
 
     backend: str
     mode: str
     layers: tuple[Layer, ...]
     residual: bool
     excite: bool
+    source_act: int | None = None  # x is raw: its bn table is the last tensor, this its activation
+    raw: bool = False  # the output is raw, followed by its bn table
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -59,53 +66,64 @@ def _refuse_second_derivative(grads):
     return tuple(None if g is None else next(marked) for g in grads)
 
 
+def autocast_on(device_type):
+    """Whether autocast is on for a device type (torch raises for the meta device, which has none)."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast_off(device_type):
     """Autocast off for one device type, entered only where it is on (entering costs several microseconds)."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
 class FusedBlock(torch.autograd.Function):
-    """``apply(block, x, *tensors) -> (out, mean_1, var_1, ...)``.
+    """``apply(block, on_stats, x, *tensors) -> (out, [bn table if block.raw,] mean_1, var_1, ...)``.
 
-    ``tensors``: PER_LAYER a layer, then squeeze-excite's four if ``block.excite``.  x: [N, C, H, W] in channels_last
-    memory and the storage dtype; weights in any dtype (rounded to the storage dtype here, their gradients come back
-    in their own).  mean and (unbiased) variance of every layer with batch statistics are for the running statistics and
-    carry no gradient.
+    ``tensors``: PER_LAYER a layer, then squeeze-excite's four if ``block.excite``, or x's bn table if x is raw.  x:
+    [N, C, H, W] in channels_last memory and the storage dtype; weights in any dtype (rounded to the storage dtype here,
+    their gradients come back in their own).  mean and (unbiased) variance of every layer with batch statistics are for
+    the running ones and carry no gradient.  ``on_stats`` (or None) is called with them before anything is saved for
+    backward: there activation checkpointing stops its recomputation, and the running statistics must have moved by
+    then, as torch's do.
     """
 
     @staticmethod
-    def forward(ctx, block, x, *tensors):
+    def forward(ctx, block, on_stats, x, *tensors):
         layers = [tensors[i * PER_LAYER : (i + 1) * PER_LAYER] for i in range(len(block.layers))]
-        excite = tensors[len(layers) * PER_LAYER :]
+        extra = tensors[len(layers) * PER_LAYER :]
         weights = [t[0].to(x.dtype) for t in layers]
-        out, saved, stats = _MODES[block.mode].forward(stage(block.backend), block, x, layers, weights, excite)
+        out, saved, stats = _MODES[block.mode].forward(stage(block.backend), block, x, layers, weights, extra)
+        if on_stats is not None:
+            on_stats(stats)
         ctx.block = block
         ctx.saved_count = len(saved)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        ctx.save_for_backward(x, *saved, *weights, *excite)
+        ctx.save_for_backward(x, *saved, *weights, *extra)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats)
-        return (out, *stats)
+        return (*out, *stats) if block.raw else (out, *stats)
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        nothing = (None,) * (2 + len(ctx.dtypes))
+    def backward(ctx, grad, *others):
+        nothing = (None,) * (3 + len(ctx.dtypes))
         if grad is None:
             return nothing
         block, count = ctx.block, len(ctx.block.layers)
         x, *rest = ctx.saved_tensors
         saved, rest = rest[: ctx.saved_count], rest[ctx.saved_count :]
-        weights, excite = rest[:count], rest[count:]
+        weights, extra = rest[:count], rest[count:]
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        needs = ctx.needs_input_grad[1:]
+        if block.raw:
+            grad = grad, others[0]
+        needs = ctx.needs_input_grad[2:]
         with autocast_off(x.device.type):
             dx, grads = _MODES[block.mode].backward(
-                stage(block.backend), block, grad, x, saved, weights, excite, needs[0], needs[1:]
+                stage(block.backend), block, grad, x, saved, weights, extra, needs[0], needs[1:]
             )
         grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
-        result = (None, dx, *grads)
+        result = (None, None, dx, *grads)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _refuse_second_derivative(result)
         return result

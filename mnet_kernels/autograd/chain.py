@@ -1,18 +1,29 @@
 """Chain mode: every raw convolution output is written once, normalised as it is read, its moments taken as it is
 written; backward alike (docs/mathematics.md, "Chain")."""
 
+import torch
+
 from ..schema import IDENTITY
 from . import excite as se
 from .batch_norm import PER_LAYER, backward_coefficients, coefficients
 
 
-def forward(stage, block, x, layers, weights, excite):
-    """Returns (out, saved tensors, [mean, unbiased variance] of every layer with batch statistics)."""
-    y, bn, act, gate, gates, maps, bns, stats = x, None, IDENTITY, None, [], [], [], []
+def _source(block, x, extra):
+    """The block's input as its first stage reads it: (map, bn table or None, activation)."""
+    return (x, None, IDENTITY) if block.source_act is None else (x, extra[-1], block.source_act)
+
+
+def forward(stage, block, x, layers, weights, extra):
+    """Returns (out, saved tensors, [mean, unbiased variance] of every layer with batch statistics).
+
+    ``extra``: squeeze-excite's tensors, or x's bn table if x is raw.  out is (map, bn table) if ``block.raw``.
+    """
+    y, bn, act = _source(block, x, extra)
+    gate, gates, maps, bns, stats = None, [], [], [], []
     for i, (layer, weight) in enumerate(zip(block.layers, weights, strict=True)):
         if block.excite and i == len(weights) - 1:
             squeezed = stage.squeeze(y, bn, act)
-            gates = [squeezed, *se.gate(squeezed[0], excite)]
+            gates = [squeezed, *se.gate(squeezed[0], extra)]
             gate = gates[1]
         if layer.kind == "pointwise":
             y, moments = stage.pointwise(y, weight, bn, act, gate, layer.batch_stats)
@@ -23,20 +34,28 @@ def forward(stage, block, x, layers, weights, excite):
         bns.append(bn)
         if layer.batch_stats:
             stats += [bn[2], bn[4]]
-    out = stage.normalize(y, bn, act, x if block.residual else None)
+    # a copy of the table: the statistics are rows of it, and would carry its gradient into the running ones
+    out = (y, bn.clone()) if block.raw else stage.normalize(y, bn, act, x if block.residual else None)
     return out, [*maps, *bns, *gates], stats
 
 
-def backward(stage, block, grad, x, saved, weights, excite, needs_x, needs):
-    """Returns (dx or None, gradients in the order of the tensors given to ``FusedBlock.apply``)."""
+def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
+    """Returns (dx or None, gradients in the order of the tensors given to ``FusedBlock.apply``).
+
+    ``grad`` is (masked gradient, sums in a bn table) if ``block.raw``; what is returned for x and for its bn table is
+    the same if x is raw.
+    """
     count = len(block.layers)
     maps, bns, gates = saved[:count], saved[count : 2 * count], saved[2 * count :]
-    grads = [None] * (count * PER_LAYER + len(excite))
-    residual = grad if block.residual else None
+    grads = [None] * (count * PER_LAYER + len(extra))
+    gate, offset, dx = None, None, None
     # the last layer's activation is still to be masked; further down the stages hand on masked gradients
-    y_act, gate, offset = block.layers[-1].act, None, None
-    sums = stage.normalize_backward(grad, maps[-1], bns[-1], y_act)
-    dx = None
+    if block.raw:
+        grad, sums, y_act = grad[0], grad[1][:2].contiguous(), IDENTITY
+    else:
+        y_act = block.layers[-1].act
+        sums = stage.normalize_backward(grad, maps[-1], bns[-1], y_act)
+    residual = grad if block.residual else None
     for i in reversed(range(count)):
         layer, at = block.layers[i], i * PER_LAYER
         coef = backward_coefficients(stage, layer, sums, bns[i], maps[i])
@@ -46,7 +65,7 @@ def backward(stage, block, grad, x, saved, weights, excite, needs_x, needs):
         below = needs_x or any(needs[:at]) or (excited and any(needs[count * PER_LAYER :]))
         if not (below or needs[at]):
             continue
-        source, bn, act = (maps[i - 1], bns[i - 1], block.layers[i - 1].act) if i else (x, None, IDENTITY)
+        source, bn, act = (maps[i - 1], bns[i - 1], block.layers[i - 1].act) if i else _source(block, x, extra)
         upstream = (grad, maps[i], bns[i], coef, y_act)
         skip = residual if i == 0 else None
         if layer.kind == "pointwise":
@@ -65,7 +84,9 @@ def backward(stage, block, grad, x, saved, weights, excite, needs_x, needs):
         if excited:
             area = source.shape[2] * source.shape[3]
             gate, y_act = gates[1], act
-            offset, sums, grads[count * PER_LAYER :] = se.backward(sums, *gates, excite, area)
+            offset, sums, grads[count * PER_LAYER :] = se.backward(sums, *gates, extra, area)
         if i == 0:
             dx = grad
+            if block.source_act is not None:
+                grads[-1] = torch.nn.functional.pad(sums, (0, 0, 0, extra[-1].shape[0] - 2))
     return dx, grads

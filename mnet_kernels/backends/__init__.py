@@ -64,7 +64,9 @@ def why_unavailable(backend, device):
         if backend == "triton":
             return "this version of mnet-kernels has no Triton kernels yet: use 'native' or 'cuda'"
         built = compiled.info()
-        why = built["reason"] if not built["extension"] else f"the extension was built without {backend} kernels"
+        why = built["reason"]
+        if built["extension"]:
+            why = f"the extension was built without {backend} kernels" + (f" ({why})" if why else "")
         return (
             f"{why}. To build it: pip install --no-build-isolation --force-reinstall --no-deps . (with a C++ compiler, "
             "and for CUDA with nvcc); mnet_kernels.build_info() tells what was built"

@@ -22,13 +22,14 @@ _DISPATCH_KEYS = {"mnet_cpu": "CPU", "mnet_cuda": "CUDA"}
 
 _extension = None
 _reason = "not loaded yet"
+_no_cuda_reason = ""
 _attempted = False
 
 
 def _manifest():
     """What setup.py built, or None when the package was never built."""
     path = _FOLDER / "_build.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _release(version):
@@ -53,17 +54,22 @@ def _cuda(version):
 
 def _unavailable():
     """Why the extension is not to be imported, or None; warns where the reader has something to repair."""
+    global _no_cuda_reason
     if os.environ.get("MNET_NO_EXT") == "1":
         return "MNET_NO_EXT=1"
-    manifest = _manifest()
-    if manifest is None:
-        return "the package was not built (no _build.json)"
-    if not manifest["extension"]:
-        return f"installed without it: {manifest['reason']}"
-    different = _mismatch(manifest, torch.__version__, torch.version.cuda)
-    if different:
-        _warn(f"is not loaded: {different}")
-    return different
+    try:
+        manifest = _manifest()
+        if manifest is None:
+            return "the package was not built (no _build.json)"
+        if not manifest["extension"]:
+            return f"installed without it: {manifest['reason']}"
+        problem = _mismatch(manifest, torch.__version__, torch.version.cuda)
+        _no_cuda_reason = manifest["reason"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"_build.json, which says what it was built for, is unreadable ({type(error).__name__}: {error})"
+    if problem:
+        _warn(f"is not loaded: {problem}")
+    return problem
 
 
 def _warn(what):
@@ -87,7 +93,7 @@ def load():
 
 
 def info():
-    """What is loaded, and if nothing is, why."""
+    """What is loaded; ``reason`` tells why there is no extension, or no CUDA in it."""
     if _extension is None:
         return {
             "extension": False,
@@ -101,13 +107,24 @@ def info():
     built = _extension.build_info()
     return {
         "extension": True,
-        "reason": "",
+        "reason": _no_cuda_reason,
         "torch_built": built["torch"],
         "cuda_built": built["cuda"],
         "arch_list": built["arch_list"],
         "cpu_capability": built["cpu_capability"],
         "compiler": built["compiler"],
     }
+
+
+def describe():
+    """One line about what is loaded, for the log."""
+    built = info()
+    if not built["extension"]:
+        return f"no compiled extension: {built['reason']}"
+    architectures = ", ".join(f"{arch // 100}.{arch % 100 // 10}" for arch in built["arch_list"])
+    cuda = f"CUDA {built['cuda_built']} kernels for {architectures}" if built["cuda_built"] else "no CUDA kernels"
+    why = f" ({built['reason']})" if built["reason"] else ""
+    return f"compiled extension: CPU kernels ({built['cpu_capability']}), {cuda}{why}, torch {built['torch_built']}"
 
 
 def implemented(namespace):

@@ -5,6 +5,7 @@ from functools import partial
 from torch import nn
 
 from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct
+from .common import dense_conv_bn_act, initialise, make_divisible
 from .weights import load_weights
 
 # expansion t, output channels c, repeats n, stride s of the first
@@ -17,21 +18,6 @@ INVERTED_RESIDUAL_SETTING = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-
-
-def make_divisible(v, divisor, min_value=None):
-    """Round to the nearest multiple of divisor, never below min_value (divisor) nor by more than 10 % down."""
-    new = max(min_value or divisor, int(v + divisor / 2) // divisor * divisor)
-    return new + divisor if new < 0.9 * v else new
-
-
-def dense_conv_bn_act(in_channels, out_channels, stride, norm_layer, activation_layer=nn.ReLU6):
-    """The stem: an ordinary 3x3 convolution, batch norm and activation (torchvision's Conv2dNormActivation)."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
-        norm_layer(out_channels),
-        activation_layer(inplace=True),
-    )
 
 
 class FusedMobileNetV2(nn.Module):
@@ -47,6 +33,7 @@ class FusedMobileNetV2(nn.Module):
         block: module of one inverted residual, called as torchvision's; None is :class:`FusedInvertedResidual`.
         norm_layer: makes a norm from a channel count; None is nn.BatchNorm2d (others run unfused).
         dropout: before the classifier.
+        stem_stride: 2, or 1 for small images.
         backend, mode: pin every block's choice (see ``mnet_kernels.backend``); None leaves it open.
 
     Raises:
@@ -63,6 +50,7 @@ class FusedMobileNetV2(nn.Module):
         norm_layer=None,
         dropout=0.2,
         *,
+        stem_stride=2,
         backend=None,
         mode=None,
     ):
@@ -77,7 +65,7 @@ class FusedMobileNetV2(nn.Module):
 
         channels = make_divisible(32 * width_mult, round_nearest)
         self.last_channel = make_divisible(1280 * max(1.0, width_mult), round_nearest)
-        features = [dense_conv_bn_act(3, channels, 2, norm_layer)]
+        features = [dense_conv_bn_act(3, channels, stem_stride, norm_layer)]
         for t, c, n, s in setting:
             out = make_divisible(c * width_mult, round_nearest)
             for i in range(n):
@@ -91,21 +79,6 @@ class FusedMobileNetV2(nn.Module):
     def forward(self, x):
         x = self.features(x)
         return self.classifier(nn.functional.adaptive_avg_pool2d(x, (1, 1)).flatten(1))
-
-
-def initialise(model):
-    """torchvision's initialisation, in its order (so that one seed gives the same weights)."""
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out")
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-        elif isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)):
-            nn.init.ones_(m.weight)
-            nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.Linear):
-            nn.init.normal_(m.weight, 0, 0.01)
-            nn.init.zeros_(m.bias)
 
 
 def fused_mobilenet_v2(*, weights=None, progress=True, **kwargs):

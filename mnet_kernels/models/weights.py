@@ -7,17 +7,20 @@ import torch
 from ..lazy import require
 
 
-def load_weights(model_class, weights, progress, kwargs, enum_name):
-    """Build ``model_class(**kwargs)`` and load what ``weights`` stands for (None: nothing)."""
+def load_weights(build, weights, progress, kwargs, enum_name):
+    """Build ``build(**kwargs)`` and load what ``weights`` stands for (None: nothing).
+
+    ``enum_name``: torchvision's enum of weights for this model, or None where it has none.
+    """
     if weights is None:
-        return model_class(**kwargs)
+        return build(**kwargs)
     name, state = _state_dict(weights, progress, kwargs, enum_name)
-    model = model_class(**kwargs)
+    model = build(**kwargs)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
-            f"{name} does not fit {model_class.__name__}({_signature(kwargs)}): {error}. Build the model with the "
+            f"{name} does not fit {type(model).__name__}({_signature(kwargs)}): {error}. Build the model with the "
             "arguments that the weights were trained with"
         ) from error
     return model
@@ -32,6 +35,8 @@ def _state_dict(weights, progress, kwargs, enum_name):
         return "the given state_dict", weights
     if isinstance(weights, os.PathLike) or (isinstance(weights, str) and _looks_like_path(weights)):
         return _from_file(os.fspath(weights))
+    if enum_name is None:
+        raise ValueError(f"weights must be a path to a state_dict or a state_dict, got {weights!r}")
     enum = getattr(require("torchvision.models", "vision", "torchvision's weights"), enum_name)
     if isinstance(weights, str):
         try:
@@ -50,7 +55,7 @@ def _state_dict(weights, progress, kwargs, enum_name):
     if kwargs.setdefault("num_classes", classes) != classes:
         raise ValueError(
             f"{weights} has {classes} classes but num_classes={kwargs['num_classes']} was given: load it with "
-            f"{classes}, then replace model.classifier[1]"
+            f"{classes}, then replace the classifier's last layer"
         )
     return str(weights), weights.get_state_dict(progress=progress, check_hash=True)
 

@@ -2,7 +2,7 @@
 
 from .conv_bn_act import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct
 from .inverted_residual import FusedInvertedResidual
-from .separable import FusedSeparable
+from .separable import FusedSeparable, FusedSeparableSequence
 from .squeeze_excite import SqueezeExcite
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "FusedInvertedResidual",
     "FusedPointwiseConvBNAct",
     "FusedSeparable",
+    "FusedSeparableSequence",
     "SqueezeExcite",
 ]

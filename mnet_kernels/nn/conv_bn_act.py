@@ -55,6 +55,7 @@ class FusedDepthwiseConvBNAct(FusedConvBNAct):
         channels: C.
         kernel_size: 3 or 5 to run fused (padding kernel_size // 2).
         stride: 1 or 2 to run fused.
+        dilation: 1 to run fused (padding dilation * (kernel_size // 2)).
         norm_layer: makes the norm from C; fused if it is nn.BatchNorm2d.
         activation_layer: nn.ReLU, nn.ReLU6 or nn.Hardswish to run fused; None for none.
         backend, mode: pin the choice of ``mnet_kernels.backend``.
@@ -70,10 +71,12 @@ class FusedDepthwiseConvBNAct(FusedConvBNAct):
         norm_layer=None,
         activation_layer=nn.ReLU6,
         *,
+        dilation=1,
         backend=None,
         mode=None,
     ):
-        conv = nn.Conv2d(channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, bias=False)
+        padding = dilation * (kernel_size // 2)
+        conv = nn.Conv2d(channels, channels, kernel_size, stride, padding, dilation, groups=channels, bias=False)
         super().__init__(*_modules(conv, norm_layer, activation_layer), backend=backend, mode=mode)
 
     def run_fused(self, x):

@@ -1,4 +1,4 @@
-"""The inverted residual of MobileNetV2, laid out as torchvision's InvertedResidual."""
+"""The inverted residual of MobileNetV2 and V3, laid out as torchvision's two InvertedResidual classes."""
 
 from torch import nn
 
@@ -8,11 +8,14 @@ from .base import FusedModule
 from .conv_bn_act import FusedConvBNAct, FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct
 from .squeeze_excite import SqueezeExcite
 
+_BODIES = {"v2": "conv", "v3": "block"}  # layout -> name of the child that holds the layers
+
 
 class FusedInvertedResidual(FusedModule, nn.Module):
     """BN(project([SE] act(BN(depthwise(act(BN(expand(x)))))))) [+ x], [N, inp, H, W] -> [N, oup, H', W'].
 
-    ``conv`` holds [expand,] depthwise, [squeeze-excite,] project, batch norm: torchvision's state_dict keys.
+    The state_dict keys are torchvision's.  Layout "v2": ``conv`` holds [expand,] depthwise, [squeeze-excite,] project,
+    batch norm.  Layout "v3": ``block`` holds the same, project and batch norm in a container of their own.
 
     Args:
         inp, oup: input and output channels.
@@ -22,10 +25,13 @@ class FusedInvertedResidual(FusedModule, nn.Module):
         kernel_size: of the depthwise layer, 3 or 5.
         activation_layer: nn.ReLU, nn.ReLU6 or nn.Hardswish.
         squeeze_channels: width of squeeze-excite's hidden layer; None for no squeeze-excite.
+        dilation: of the depthwise layer; a dilated block has stride 1 there (and no residual if stride is 2), and runs
+            its layers one by one.
+        layout: "v2" or "v3".
         backend, mode: pin the choice of ``mnet_kernels.backend``.
 
     Raises:
-        ValueError: stride is neither 1 nor 2.
+        ValueError: stride is neither 1 nor 2, or an unknown layout.
     """
 
     def __init__(
@@ -39,25 +45,38 @@ class FusedInvertedResidual(FusedModule, nn.Module):
         kernel_size=3,
         activation_layer=nn.ReLU6,
         squeeze_channels=None,
+        dilation=1,
+        layout="v2",
         backend=None,
         mode=None,
     ):
         super().__init__()
         if stride not in (1, 2):
             raise ValueError(f"stride should be 1 or 2 instead of {stride}")
+        if layout not in _BODIES:
+            raise ValueError(f"layout must be one of {', '.join(_BODIES)}, got {layout!r}")
         norm_layer = norm_layer or nn.BatchNorm2d
         hidden = int(round(inp * expand_ratio))
         layers = []
         if expand_ratio != 1:
             layers.append(FusedPointwiseConvBNAct(inp, hidden, norm_layer, activation_layer))
-        layers.append(FusedDepthwiseConvBNAct(hidden, kernel_size, stride, norm_layer, activation_layer))
+        depthwise_stride = stride if dilation == 1 else 1
+        layers.append(
+            FusedDepthwiseConvBNAct(
+                hidden, kernel_size, depthwise_stride, norm_layer, activation_layer, dilation=dilation
+            )
+        )
         if squeeze_channels is not None:
             layers.append(SqueezeExcite(hidden, squeeze_channels))
-        layers += [nn.Conv2d(hidden, oup, 1, bias=False), norm_layer(oup)]
-        self._set(nn.Sequential(*layers), stride, stride == 1 and inp == oup, oup, backend, mode)
+        if layout == "v2":
+            layers += [nn.Conv2d(hidden, oup, 1, bias=False), norm_layer(oup)]
+        else:
+            layers.append(FusedPointwiseConvBNAct(hidden, oup, norm_layer, None))
+        self._set(_BODIES[layout], nn.Sequential(*layers), stride, stride == 1 and inp == oup, oup, backend, mode)
 
-    def _set(self, conv, stride, use_res_connect, out_channels, backend, mode):
-        self.conv = conv
+    def _set(self, body, layers, stride, use_res_connect, out_channels, backend, mode):
+        self._body = body
+        self.add_module(body, layers)
         self.stride = stride
         self.use_res_connect = use_res_connect
         self.out_channels = out_channels
@@ -66,21 +85,29 @@ class FusedInvertedResidual(FusedModule, nn.Module):
 
     @classmethod
     def of(cls, block, backend=None, mode=None):
-        """Wrap torchvision's InvertedResidual, sharing its children."""
+        """Wrap torchvision's InvertedResidual (V2's or V3's), sharing its children."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._set(block.conv, block.stride, block.use_res_connect, block.out_channels, backend, mode)
+        body = next(name for name in _BODIES.values() if name in block._modules)
+        stride = block.stride if hasattr(block, "stride") else 1 + block._is_cn
+        layers = block._modules[body]
+        self._set(body, layers, stride, block.use_res_connect, block.out_channels, backend, mode)
         return self.train(block.training)
 
     def _roles(self):
         """(expand container or None, depthwise container, squeeze-excite or None, project, batch norm)."""
-        children = list(self.conv._modules.values())
+        children = list(self._modules[self._body]._modules.values())
+        if children and isinstance(children[-1], nn.Sequential):
+            children[-1:] = children[-1]._modules.values()
         expand = children.pop(0) if len(children) > 1 and isinstance(children[1], nn.Sequential) else None
         se = children.pop(1) if len(children) == 4 else None
         return (expand, children[0], se, *children[1:]) if len(children) == 3 else None
 
     def why_native(self):
-        why = fusable.container(self.conv, "conv", nn.Sequential.forward)
+        body = self._modules[self._body]
+        why = fusable.container(body, self._body, nn.Sequential.forward)
+        if not why and len(body) and isinstance(body[-1], nn.Sequential):
+            why = fusable.container(body[-1], "project", FusedConvBNAct.forward)
         if why:
             return why
         roles = self._roles()
@@ -103,7 +130,7 @@ class FusedInvertedResidual(FusedModule, nn.Module):
         return why or fusable.conv_bn_act(project, bn, None, "pointwise", "project")
 
     def run_native(self, x):
-        out = self.conv(x)
+        out = self._modules[self._body](x)
         return x + out if self.use_res_connect else out
 
     def run_fused(self, x):

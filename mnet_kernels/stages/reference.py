@@ -1,8 +1,8 @@
 """What every stage computes, in plain torch, for any dtype and device: the oracle of all backends.
 
 Nothing here is fast, and nothing is saved on: every stage reads and writes exactly what ``schema.py`` says, rounds to
-the storage dtype exactly where a fused kernel must, and does all arithmetic in the accumulate dtype.  Derivations:
-docs/mathematics.md.
+the storage dtype exactly where a fused kernel must, and does all arithmetic in the accumulate dtype, sums over
+positions in float64.  Derivations: docs/mathematics.md.
 """
 
 import torch
@@ -45,7 +45,12 @@ def _image(v):
 
 
 def _sum(t):
-    return t.sum((0, 2, 3))
+    return t.double().sum((0, 2, 3)).to(t.dtype)
+
+
+def _outer_sum(a, b):
+    """Sum over positions of a b^T: [N, I, H, W], [N, J, H, W] -> [I, J]."""
+    return torch.einsum("nihw,njhw->ij", a.double(), b.double()).to(a.dtype)
 
 
 def _act(u, act):
@@ -84,18 +89,41 @@ def _matmul(weight, z):
     return torch.einsum("oi,nihw->nohw", _acc(weight).flatten(1), z)
 
 
+def _taps(padded, weight, stride, height, width):
+    """(weight of a tap [1, C, 1, 1], the inputs it meets [N, C, H', W']) of every tap of a depthwise convolution."""
+    k = weight.shape[-1]
+    for i in range(k):
+        for j in range(k):
+            rows, columns = slice(i, i + stride * height, stride), slice(j, j + stride * width, stride)
+            yield _channel(_acc(weight)[:, 0, i, j]), padded[:, :, rows, columns]
+
+
 def _conv(z, weight, stride):
-    return F.conv2d(z, _acc(weight), None, stride, weight.shape[-1] // 2, 1, weight.shape[0])
+    """Depthwise convolution: torch's own is slow in float64."""
+    pad = weight.shape[-1] // 2
+    height, width = (schema.depthwise_size(size, stride) for size in z.shape[2:])
+    out = z.new_zeros(*z.shape[:2], height, width)
+    for tap, inputs in _taps(_padded(z, pad, stride), weight, stride, height, width):
+        out.addcmul_(tap, inputs)
+    return out
+
+
+def _padded(z, pad, stride):
+    # slices of a step may end beyond the padding
+    return F.pad(z, (pad, pad + stride, pad, pad + stride))
 
 
 def _conv_backward(dy, z, weight, stride):
     """Input and weight gradient of the depthwise convolution, in the accumulate dtype."""
-    pad = weight.shape[-1] // 2
-    gz, dw, _ = torch.ops.aten.convolution_backward(
-        dy, z, _acc(weight), None, [stride, stride], [pad, pad], [1, 1], False, [0, 0], weight.shape[0],
-        [True, True, False],
-    )  # fmt: skip
-    return gz, dw
+    pad, (height, width) = weight.shape[-1] // 2, dy.shape[2:]
+    padded = _padded(z, pad, stride)
+    gz, dw = torch.zeros_like(padded), []
+    pairs = zip(_taps(padded, weight, stride, height, width), _taps(gz, weight, stride, height, width), strict=True)
+    for (tap, inputs), (_, gradients) in pairs:
+        gradients.addcmul_(tap, dy)
+        dw.append(_sum(dy * inputs))
+    gz = gz[:, :, pad : pad + z.shape[2], pad : pad + z.shape[3]]
+    return gz, torch.stack(dw, 1).view(weight.shape)
 
 
 def _moments(y, wanted):
@@ -107,8 +135,9 @@ def _moments(y, wanted):
         return v.new_zeros(2, y.shape[1])
     # The mean is taken about the first value, so that it is exact for a constant channel.
     first = v[:1, :, :1, :1]
-    mean = _sum(v - first) / (v.numel() // v.shape[1]) + first.flatten()
-    return torch.stack([mean, (v - _channel(mean)).square().mean((0, 2, 3))])
+    count = v.numel() // v.shape[1]
+    mean = _sum(v - first) / count + first.flatten()
+    return torch.stack([mean, _sum((v - _channel(mean)).square()) / count])
 
 
 def _upstream(grad, y, y_bn, coef, y_act, gate=None, offset=None):
@@ -209,7 +238,7 @@ def pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, res
     _, dy = _upstream(grad, y, y_bn, coef, y_act)
     gx, sums, dw = x.new_empty(0), _none(x), _none(x)
     if needs_dw:
-        dw = torch.einsum("nohw,nihw->oi", dy, _prologue(x, bn, act, gate)).view(weight.shape)
+        dw = _outer_sum(dy, _prologue(x, bn, act, gate)).view(weight.shape)
     if needs_dx or needs_sums:
         gz = torch.einsum("oi,nohw->nihw", _acc(weight).flatten(1), dy)
         # With a gate gx is neither gated nor masked: its reader does both, once the gate's own gradient is known.
@@ -245,17 +274,17 @@ def _expanded(x, shift, expand_weight, bn, act):
 
 
 def gram(x):
-    v = _acc(x).transpose(0, 1).flatten(1)  # [C, P]
+    v = x.double().transpose(0, 1).flatten(1)  # [C, P]
     c, p = v.shape
     if p == 0:
-        return v.new_zeros(c + 2, c)
+        return _acc(x).new_zeros(c + 2, c)
     mean, std = v.mean(1), v.std(1, correction=0)
     # k must be a value of the storage dtype, or x - k would not be exact
-    k = torch.where(mean.abs() > GATE_RATIO * std, mean.to(x.dtype).to(v.dtype), torch.zeros_like(mean))
+    k = torch.where(mean.abs() > GATE_RATIO * std, mean.to(x.dtype).double(), 0.0)
     d = v - k[:, None]
     m = d.mean(1)
     d = d - m[:, None]
-    return torch.cat([d @ d.T / p, (k + m)[None], k[None]])
+    return torch.cat([d @ d.T / p, (k + m)[None], k[None]]).to(accumulate_dtype(x.dtype))
 
 
 def expand_finalize(gram, weight, gamma, beta, eps, count):
@@ -284,7 +313,7 @@ def expand_depthwise_backward(
     dz1, dw = _conv_backward(dy2, z1, weight, stride)
     g1 = _acc((dz1 * _act_grad(u1, act)).to(x.dtype))
     xk = _shifted(x, shift)
-    gramgrad = torch.cat([torch.einsum("nehw,nchw->ec", g1, xk), _sum(g1)[:, None]], 1)
+    gramgrad = torch.cat([_outer_sum(g1, xk), _sum(g1)[:, None]], 1)
     dx = x.new_empty(0)
     if needs_dx:
         dx = _store(torch.einsum("ec,nehw->nchw", _scaled_weight(expand_weight, bn), g1), x)

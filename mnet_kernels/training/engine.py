@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 import mnet_kernels
 from mnet_kernels import choice
+from mnet_kernels.models import MODELS
 
 from . import TrainingError, checkpoint, data, metrics
 
-MODELS = {"v2": "FusedMobileNetV2"}  # name on the command line -> constructor in mnet_kernels
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Looking at the loss makes a graphics card wait, so there it is done every so many steps (each step on the CPU).
 CUDA_CHECK_STEPS = 16
@@ -27,6 +27,7 @@ class Config:
     model: str
     data: str
     width: float
+    stem_stride: int
     res: int
     epochs: int
     batch_size: int
@@ -34,6 +35,7 @@ class Config:
     momentum: float
     weight_decay: float
     label_smoothing: float
+    clip_grad: float
     warmup_epochs: float
     seed: int
     amp: str
@@ -45,9 +47,9 @@ class Config:
     implementation: str  # what backend and mode came to here: native, or backend/mode
 
 
-def build_model(name, num_classes, width):
-    """A model of :data:`MODELS` with fresh weights from torch's global generator."""
-    return getattr(mnet_kernels, MODELS[name])(num_classes=num_classes, width_mult=width)
+def build_model(name, num_classes, width, stem_stride=2):
+    """A model of :data:`~mnet_kernels.models.MODELS` with fresh weights from torch's global generator."""
+    return MODELS[name](num_classes=num_classes, width_mult=width, stem_stride=stem_stride)
 
 
 def implementation(backend, mode, device, amp):
@@ -86,7 +88,7 @@ class Trainer:
         # model draws.  Another seed, too: with the same one both would start from the same numbers.
         self.generator = torch.Generator().manual_seed(config.seed ^ 0x5EED)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = build_model(config.model, dataset.num_classes, config.width)
+        self.model = build_model(config.model, dataset.num_classes, config.width, config.stem_stride)
         self.model.to(device=self.device, memory_format=layout)
         self.batches = data.Batches(
             dataset, config.res, config.batch_size, self.device, config.channels_last, self.generator
@@ -151,6 +153,9 @@ class Trainer:
                 checked = i + 1
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
+            if self.config.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.step += 1

@@ -1,0 +1,233 @@
+// The backward kernel of the 1x1 convolution, of one capability (see simd.h for how it is included).
+//
+// Memory plan.  A unit walks down its positions in tiles of grad and y, from which dy is built once, rounded to storage
+// and kept in float32 in the second-level cache.  Then panel by panel of x's channels: gz = dy W into a panel in the
+// first-level cache; one loop over it and x that masks, stores gx, adds up its sums and leaves the activated z in
+// another panel; and dW += dy^T z from the two while they are near.  x, grad and y are read once, gx is written once.
+// Every chunk has its own part of dW, in panels [panel][e][kPanel]: a tile adds a run of 42 or 84 positions to it.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/pointwise_params.h"
+#include "gemm.h"
+#include "pointwise.h"
+#include "pointwise_tile.h"
+#include "simd.h"
+
+namespace mnet::cpu::MNET_CPU_NAMESPACE {
+
+// The upstream's tables, each padded to whole cache lines.
+struct UpstreamTables {
+  const float *scale, *shift, *mean, *b, *c;
+};
+
+template <typename Storage, typename Act>
+void upstream_rows(const typename Storage::Lane* grad, const typename Storage::Lane* y, int rows, int channels,
+                   const UpstreamTables& t, float* tile, int64_t stride) {
+  for (int row = 0; row < rows; ++row) {
+    for_vectors(channels, [&](auto partial, int e, int valid) __attribute__((always_inline)) {
+      constexpr bool kPartial = decltype(partial)::value;
+      const int64_t at = int64_t{row} * channels + e;
+      const Vec scale = load_vec(t.scale + e), b = load_vec(t.b + e), c = load_vec(t.c + e);
+      const Vec value = load_map<Storage, kPartial>(y + at, valid);
+      Vec g = load_map<Storage, kPartial>(grad + at, valid);
+      if constexpr (Act::kCode != Activation::kIdentity) g = g * Act::bwd(Vec(scale * value + load_vec(t.shift + e)));
+      store_vec(tile + row * stride + e, Storage::round(scale * g + b * (value - load_vec(t.mean + e)) + c));
+    });
+  }
+}
+
+// One vector of a panel's columns, over rows of one tile.
+template <typename Storage>
+struct PanelColumn {
+  const float* product;  // gz, rows kPanel apart
+  float* activated;      // z, likewise
+  const typename Storage::Lane* x;         // rows `pitch` apart, as gx and residual
+  const typename Storage::Lane* residual;  // or nullptr
+  typename Storage::Lane* gx;              // or nullptr
+  int64_t pitch;
+  int valid;
+  const float *scale, *shift, *mean;  // of x's batch norm
+  const float* gate;                  // of one image, or nullptr
+};
+
+// z, the masked gradient and its two sums.
+template <typename Storage, typename Act, bool kPartial, bool kStore>
+void masked_column(const PanelColumn<Storage>& p, int rows, Vec* sums) {
+  const Vec scale = load_vec(p.scale), shift = load_vec(p.shift), mean = load_vec(p.mean);
+  Vec sum = Vec{}, sum_y = Vec{};
+  for (int row = 0; row < rows; ++row) {
+    const Vec x = load_map<Storage, kPartial>(p.x + row * p.pitch, p.valid);
+    const Vec u = scale * x + shift;
+    store_vec(p.activated + row * kPanel, Storage::round(Act::fwd(u)));
+    Vec g = load_vec(p.product + row * kPanel) * Act::bwd(u);
+    if constexpr (kStore) g = store_map<Storage, kPartial>(p.gx + row * p.pitch, g, p.valid);
+    sum = sum + g;
+    sum_y = sum_y + g * (x - mean);
+  }
+  sums[0] = sum;
+  sums[1] = sum_y;
+}
+
+// z with its gate, the gradient at z as it is, and the three sums of one image.
+template <typename Storage, typename Act, bool kPartial>
+void gated_column(const PanelColumn<Storage>& p, int rows, Vec* sums) {
+  const Vec scale = load_vec(p.scale), shift = load_vec(p.shift), mean = load_vec(p.mean);
+  const Vec gate = load_lanes<kPartial, float, Vec>(p.gate, p.valid);
+  Vec sum_z = Vec{}, sum = Vec{}, sum_y = Vec{};
+  for (int row = 0; row < rows; ++row) {
+    const Vec x = load_map<Storage, kPartial>(p.x + row * p.pitch, p.valid);
+    const Vec u = scale * x + shift, z = Act::fwd(u);
+    store_vec(p.activated + row * kPanel, Storage::round(z * gate));
+    Vec dz = load_vec(p.product + row * kPanel);
+    if (p.gx != nullptr) dz = store_map<Storage, kPartial>(p.gx + row * p.pitch, dz, p.valid);
+    const Vec g = dz * Act::bwd(u);
+    sum_z = sum_z + dz * z;
+    sum = sum + g;
+    sum_y = sum_y + g * (x - mean);
+  }
+  sums[0] = sum_z;
+  sums[1] = sum;
+  sums[2] = sum_y;
+}
+
+// Without a batch norm: z = x [* gate], gx = gz [+ residual].
+template <typename Storage, bool kPartial>
+void plain_column(const PanelColumn<Storage>& p, int rows) {
+  const Vec gate = p.gate == nullptr ? Vec{} : load_lanes<kPartial, float, Vec>(p.gate, p.valid);
+  for (int row = 0; row < rows; ++row) {
+    const int64_t at = row * p.pitch;
+    const Vec x = load_map<Storage, kPartial>(p.x + at, p.valid);
+    store_vec(p.activated + row * kPanel, p.gate == nullptr ? x : Storage::round(x * gate));
+    if (p.gx == nullptr) continue;
+    Vec g = load_vec(p.product + row * kPanel);
+    if (p.residual != nullptr) g = g + load_map<Storage, kPartial>(p.residual + at, p.valid);
+    store_map<Storage, kPartial>(p.gx + at, g, p.valid);
+  }
+}
+
+// The element-wise work on one vector of a panel.  `sums`: rows `padded` apart, of the unit's first slot.
+template <typename Storage, typename Act, bool kPartial>
+void column_rows(const PointwiseBackwardParams& p, PanelColumn<Storage> column, int64_t row, int rows, int64_t first_image,
+                 int64_t padded, double* sums) {
+  Vec part[3] = {};
+  const auto add = [&](double* to, int count) {
+    if (sums == nullptr) return;
+    for (int i = 0; i < count; ++i) add_lanes(to + i * padded, part[i], kLanes);
+  };
+  if (p.gate == nullptr) {
+    if (p.bn == nullptr) {
+      plain_column<Storage, kPartial>(column, rows);
+    } else {
+      p.gx == nullptr ? masked_column<Storage, Act, kPartial, false>(column, rows, part)
+                      : masked_column<Storage, Act, kPartial, true>(column, rows, part);
+      add(sums, 2);
+    }
+    return;
+  }
+  for_images(row, rows, p.image_positions, [&](int64_t image, int first, int count) {
+    PanelColumn<Storage> piece = column;
+    piece.product += first * kPanel;
+    piece.activated += first * kPanel;
+    piece.x += first * column.pitch;
+    if (column.gx != nullptr) piece.gx += first * column.pitch;
+    piece.gate += image * p.c;
+    if (p.bn == nullptr) {
+      plain_column<Storage, kPartial>(piece, count);
+    } else {
+      gated_column<Storage, Act, kPartial>(piece, count, part);
+      add(sums + (image - first_image) * 3 * padded, 3);
+    }
+  });
+}
+
+template <typename Storage>
+void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePlan& plan, const PointwiseUnit& unit,
+                            const PointwiseWorkspace& workspace) {
+  using Lane = typename Storage::Lane;
+  const int64_t stride = tile_stride(p.e), padded = plan.padded_columns();
+  Arena arena(plan.tile_rows * (stride + 2 * kPanel) + 5 * stride + 3 * (padded + 16));
+  float* tile = arena.take(plan.tile_rows * stride);
+  float* product = arena.take(plan.tile_rows * kPanel);
+  float* activated = arena.take(plan.tile_rows * kPanel);
+  const auto upstream_table = [&](const float* table, int row) { return arena.copy(table + int64_t{row} * p.e, p.e); };
+  const UpstreamTables upstream{upstream_table(p.y_bn, 0), upstream_table(p.y_bn, 1), upstream_table(p.y_bn, 2),
+                                upstream_table(p.coef, 0), upstream_table(p.coef, 1)};
+  const auto table = [&](int row) { return p.bn == nullptr ? nullptr : arena.copy(p.bn + int64_t{row} * p.c, p.c); };
+  const float *scale = table(0), *shift = table(1), *mean = table(2);
+
+  const bool needs_product = p.gx != nullptr || p.sums != nullptr;
+  const int64_t first_image = p.gate == nullptr ? 0 : unit.row_begin / p.image_positions;
+  double* sums = nullptr;
+  if (p.sums != nullptr) {
+    const int64_t slots = p.gate == nullptr ? 1 : (unit.row_end - 1) / p.image_positions - first_image + 1;
+    sums = workspace.sums + (unit.chunk + first_image) * 3 * padded;
+    for (int64_t i = 0; i < 3 * slots; ++i) {
+      for (int c = unit.panel_begin * kPanel; c < unit.panel_end * kPanel; ++c) sums[i * padded + c] = 0.0;
+    }
+  }
+  float* partial_dw = p.dw == nullptr ? nullptr : workspace.partials + unit.chunk * plan.packed_size();
+  if (!needs_product) {
+    for (int i = 0; i < plan.tile_rows * kPanel; ++i) product[i] = 0.f;
+  }
+
+  for (int64_t row = unit.row_begin; row < unit.row_end; row += plan.tile_rows) {
+    const int rows = static_cast<int>(least<int64_t>(plan.tile_rows, unit.row_end - row));
+    with_activation(p.y_act, [&](auto act) {
+      upstream_rows<Storage, decltype(act)>(static_cast<const Lane*>(p.grad) + row * p.e,
+                                            static_cast<const Lane*>(p.y) + row * p.e, rows, p.e, upstream, tile, stride);
+    });
+    Ahead ahead;
+    if (const int64_t next = row + rows; next < unit.row_end) {
+      const int64_t count = least<int64_t>(plan.tile_rows, unit.row_end - next);
+      ahead.add(static_cast<const Lane*>(p.grad) + next * p.e, count * p.e * sizeof(Lane));
+      ahead.add(static_cast<const Lane*>(p.y) + next * p.e, count * p.e * sizeof(Lane));
+      if (plan.blocks == 1) {
+        ahead.add(static_cast<const Lane*>(p.x) + next * p.c, count * p.c * sizeof(Lane));
+        if (p.gx != nullptr) ahead.add(static_cast<const Lane*>(p.gx) + next * p.c, count * p.c * sizeof(Lane));
+      }
+      const int blocks = (needs_product ? rows / kRowBlock + 1 : 0) + (partial_dw != nullptr ? p.e / kRowBlock + 1 : 0);
+      ahead.spread(int64_t{unit.panel_end - unit.panel_begin} * blocks);
+    }
+    for (int panel = unit.panel_begin; panel < unit.panel_end; ++panel) {
+      const int column = panel * kPanel, used = least(kPanel, p.c - column);
+      if (needs_product) {
+        multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.e, p.e, rows, used, product,
+                      ahead);
+      }
+      with_activation(p.act, [&](auto act) {
+        for_vectors(used, [&](auto partial, int c, int valid) {
+          const int64_t at = row * p.c + column + c;
+          PanelColumn<Storage> piece{};
+          piece.product = product + c;
+          piece.activated = activated + c;
+          piece.x = static_cast<const Lane*>(p.x) + at;
+          piece.residual = p.residual == nullptr ? nullptr : static_cast<const Lane*>(p.residual) + at;
+          piece.gx = p.gx == nullptr ? nullptr : static_cast<Lane*>(p.gx) + at;
+          piece.pitch = p.c;
+          piece.valid = valid;
+          if (p.bn != nullptr) {
+            piece.scale = scale + column + c;
+            piece.shift = shift + column + c;
+            piece.mean = mean + column + c;
+          }
+          piece.gate = p.gate == nullptr ? nullptr : p.gate + column + c;
+          column_rows<Storage, decltype(act), decltype(partial)::value>(
+              p, piece, row, rows, first_image, padded, sums == nullptr ? nullptr : sums + column + c);
+        });
+      });
+      if (partial_dw != nullptr) {
+        multiply_panel<true>(tile, stride, activated, rows, p.e, used, partial_dw + int64_t{column} * p.e,
+                             row > unit.row_begin, ahead);
+      }
+    }
+  }
+}
+
+void pointwise_backward_unit(const PointwiseBackwardParams& params, Dtype dtype, const PointwisePlan& plan,
+                             const PointwiseUnit& unit, const PointwiseWorkspace& workspace) {
+  with_storage(dtype, [&](auto storage) { run_pointwise_backward<decltype(storage)>(params, plan, unit, workspace); });
+}
+
+}  // namespace mnet::cpu::MNET_CPU_NAMESPACE

@@ -1,0 +1,86 @@
+"""Compiles the device code of one .cu file and checks what the compiler made of it.
+
+No kernel may spill or use local memory.  The SASS is read too where there is a cuobjdump (the toolkit's, or the one in
+triton's wheel): a kernel named by --vectorized must load and store 16 bytes at a time.
+"""
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def find_cuobjdump(nvcc):
+    found = shutil.which("cuobjdump", path=str(nvcc.parent)) or shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None:
+        found = shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return found
+
+
+def resources(report):
+    """(kernel, spilled and stack bytes, registers) of every kernel in ptxas -v's report."""
+    pattern = (
+        r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    for name, stack, stores, loads, registers in re.findall(pattern, report, re.DOTALL):
+        yield name, int(stack) + int(stores) + int(loads), int(registers)
+
+
+def instructions(sass):
+    """kernel -> its SASS text."""
+    parts = re.split(r"^\s*Function : (\w+)\s*$", sass, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def check(sass, vectorized):
+    for name, text in sass.items():
+        local = re.findall(r"\b(?:LDL|STL)\b[.\w]*", text)
+        if local:
+            yield f"{name}: {len(local)} accesses to local memory"
+        if any(kernel in name for kernel in vectorized):
+            for opcode in ("LDG", "STG"):
+                if not re.search(rf"\b{opcode}\.E\.(?:\w+\.)*128\b", text):
+                    yield f"{name}: no 128-bit {opcode}"
+    for kernel in vectorized:
+        if not any(kernel in name for name in sass):
+            yield f"{kernel}: no such kernel"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nvcc", type=Path, required=True)
+    parser.add_argument("--arch", required=True, help="80, 90, ...")
+    parser.add_argument("--vectorized", nargs="*", default=[], help="kernels that must move 16 bytes at a time")
+    parser.add_argument("source", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        flags = ["-std=c++17", "-O3", "-lineinfo", "-cubin", f"-arch=sm_{args.arch}", "-Xptxas", "-v"]
+        done = subprocess.run([args.nvcc, *flags, args.source, "-o", cubin], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stdout + done.stderr)
+        cuobjdump = find_cuobjdump(args.nvcc)
+        sass = {}
+        if cuobjdump:
+            text = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+            sass = instructions(text)
+    kernels = list(resources(done.stdout + done.stderr))
+    problems = [f"{name}: {spilled} bytes spilled or on the stack" for name, spilled, _ in kernels if spilled]
+    problems += check(sass, args.vectorized) if cuobjdump else []
+    for name, _, registers in kernels:
+        print(f"{registers:4} registers  {name}")
+    print(f"{args.source.name}, sm_{args.arch}: {len(kernels)} kernels, SASS {'read' if cuobjdump else 'not read'}")
+    if not kernels:
+        problems.append("ptxas reported no kernel")
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

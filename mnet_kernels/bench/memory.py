@@ -1,0 +1,43 @@
+"""What a training step keeps in memory: bytes saved for backward, and the peak."""
+
+import torch
+
+from ..training.metrics import peak_memory
+
+
+def saved_bytes(forward, parameters=()):
+    """Bytes that a forward pass saves for its backward: distinct storages, parameters left out.
+
+    Args:
+        forward: runs the forward pass and returns its output.
+        parameters: tensors that exist anyway.
+    """
+    known = {t.untyped_storage().data_ptr() for t in parameters}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    del out  # alive until here: a freed storage's address could have been counted for another
+    return sum(found.values())
+
+
+def peak_bytes(step, device):
+    """Peak bytes allocated on a card during one step, what was there before left out; None on the CPU.
+
+    On the CPU only the peak of a whole process can be told: run one provider in a fresh process and see
+    ``mnet_kernels.training.metrics.peak_memory``.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return peak_memory(device) - before

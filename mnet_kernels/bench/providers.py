@@ -1,0 +1,130 @@
+"""Who runs a subject: plain torch in the ways it is used, and the fused backends that are whole."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+
+import mnet_kernels
+
+from .. import backends
+from ..nn.base import FusedModule
+from . import BenchError
+
+
+class Provider(NamedTuple):
+    """One way of running: a backend and mode, a memory layout, and torch.compile's mode or None for eager."""
+
+    name: str
+    backend: str = "native"
+    mode: str | None = None
+    channels_last: bool = True
+    compile: str | None = None
+
+
+BASELINE = "eager"
+NATIVE = {
+    p.name: p
+    for p in (
+        Provider("nchw", channels_last=False),
+        Provider(BASELINE),
+        Provider("compile", compile="default"),
+        # Graphs are captured around whole steps, alike for every provider: not by torch.compile itself.
+        Provider("max-autotune", compile="max-autotune-no-cudagraphs"),
+    )
+}
+
+
+def fused(backend, device, mode=None):
+    """The providers of one fused backend on a device: each mode that it has every stage of (or only ``mode``).
+
+    Raises:
+        BenchError: it cannot run here, or is not whole; says what is missing.
+    """
+    device = torch.device(device)
+    modes = [mode] if mode else list(backends.MODE_STAGES)
+    why = backends.why_unavailable(backend, device)
+    if why:
+        raise BenchError(f"backend {backend!r} cannot be measured on {device}: {why}")
+    whole = [m for m in modes if backends.whole(backend, m)]
+    if not whole:
+        lacking = "; ".join(f"{m} lacks {', '.join(backends.missing_stages(backend, m))}" for m in modes)
+        raise BenchError(f"backend {backend!r} is not whole, so that no block runs on it alone: {lacking}")
+    return [Provider(f"{backend}/{m}", backend, m) for m in whole]
+
+
+def runnable(device):
+    """Every fused provider that can run on a device; the reference is the oracle and no competitor."""
+    found = []
+    for backend in backends.NAMES:
+        if backend not in ("native", "reference"):
+            try:
+                found += fused(backend, device)
+            except BenchError:
+                continue
+    return found
+
+
+def parse(names, device):
+    """Providers by name: ``nchw``, ``eager``, ``compile``, ``max-autotune``, ``BACKEND`` or ``BACKEND/MODE``."""
+    found = []
+    for name in names:
+        backend, _, mode = name.partition("/")
+        if name in NATIVE:
+            found.append(NATIVE[name])
+        elif backend in backends.NAMES and backend != "native" and mode in ("", *backends.MODE_STAGES):
+            found += fused(backend, device, mode or None)
+        else:
+            modes = " or ".join(backends.MODE_STAGES)
+            raise BenchError(
+                f"unknown provider {name!r}: expected one of {', '.join(NATIVE)}, or a fused backend "
+                f"({', '.join(n for n in backends.NAMES if n != 'native')}), alone or with its mode (/{modes})"
+            )
+    return found
+
+
+def plain(module):
+    """Make every fused module in ``module`` call its children one by one: exactly torchvision's network, in torch."""
+    for m in module.modules():
+        if isinstance(m, FusedModule):
+            m.forward = m.run_native
+    return module
+
+
+def fit(module, provider, device):
+    """A copy of ``module`` on a device, run by a provider (not yet compiled: that happens at its first call)."""
+    module = copy.deepcopy(module).to(device)
+    if provider.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    if provider.backend == "native":
+        plain(module)
+    else:
+        for m in module.modules():
+            if isinstance(m, FusedModule):
+                m.backend, m.mode = provider.backend, provider.mode
+    return compiled(module, provider)
+
+
+def compiled(function, provider):
+    """``function`` or module under torch.compile where the provider says so."""
+    if provider.compile is None:
+        return function
+    return torch.compile(function, mode=provider.compile, dynamic=False, fullgraph=True)
+
+
+def assert_own_path(provider, call):
+    """Run ``call`` once and make sure that a fused provider measured nothing else's kernels.
+
+    Raises:
+        BenchError: a block ran native, or a stage on the reference.
+    """
+    with mnet_kernels.count_stages() as counts:
+        call()
+    if provider.backend in ("native", "reference"):
+        return
+    foreign = [label for label in counts if label.startswith(("native::", "mnet_ref::"))]
+    if foreign or not counts:
+        raise BenchError(
+            f"{provider.name} did not run by itself ({', '.join(foreign) or 'no stage was called'}): unset "
+            "MNET_BACKEND and see mnet_kernels.build_info()"
+        )

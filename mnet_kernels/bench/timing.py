@@ -1,0 +1,119 @@
+"""Time callables against each other: in rounds, each once a round, so that drift of the machine hits all alike."""
+
+import gc
+import time
+
+import torch
+
+# A sample on the CPU lasts at least this long, by repeating the call: far above the clock's own cost.
+CPU_SAMPLE_SECONDS = 2e-3
+# Written before every sample on a card, so that each starts from the same (cold) second-level cache.  It also keeps
+# the card busy while the host enqueues the first kernels.
+FLUSH_BYTES = 256 << 20
+
+
+def synchronize(device):
+    """Wait for everything enqueued on the device (nothing to wait for on the CPU)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Milliseconds per call on one device."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+        self._flush = None
+        if self.device.type == "cuda":
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def sample(self, call, repeats=1):
+        """One measurement: the mean of ``repeats`` calls in a row."""
+        if self._flush is None:
+            start = time.perf_counter_ns()
+            for _ in range(repeats):
+                call()
+            return (time.perf_counter_ns() - start) * 1e-6 / repeats
+        start, end = self._events
+        self._flush.zero_()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+
+    def repeats(self, call):
+        """How many calls make up a sample: enough for the clock on the CPU, one on a card (its cache is cold once)."""
+        if self.device.type == "cuda":
+            return 1
+        return max(1, round(CPU_SAMPLE_SECONDS * 1e3 / max(self.sample(call), 1e-6)))
+
+
+def first_call(call, device):
+    """Run a callable for the first time; returns the seconds it took (compilation, library set-up)."""
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleave(calls, device, *, seconds=2.0, min_rounds=5, max_rounds=100, warmup=3):
+    """Time ``calls`` (name -> callable) in rounds; returns name -> list of milliseconds, one a round.
+
+    A round times every callable once, forwards in even rounds and backwards in odd ones.  Rounds go on until
+    ``seconds`` have passed (but at least ``min_rounds``) or ``max_rounds`` are done.
+
+    Args:
+        calls: callables without arguments, already called once (see :func:`first_call`).
+        device: where they run.
+        seconds: for the timed rounds.
+        min_rounds, max_rounds: bounds on the rounds.
+        warmup: untimed calls of each beforehand.
+
+    Raises:
+        ValueError: no callables, or bounds that leave no round.
+    """
+    if not calls or not 1 <= min_rounds <= max_rounds:
+        raise ValueError(
+            f"need callables and 1 <= min_rounds <= max_rounds, got {len(calls)}, {min_rounds}, {max_rounds}"
+        )
+    clock = Clock(device)
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    synchronize(clock.device)
+    repeats = {name: clock.repeats(call) for name, call in calls.items()}
+    samples = {name: [] for name in calls}
+    forwards = list(calls)
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would land in one callable's sample
+    try:
+        stop = time.perf_counter() + seconds
+        for i in range(max_rounds):
+            if i >= min_rounds and time.perf_counter() > stop:
+                break
+            for name in forwards if i % 2 == 0 else reversed(forwards):
+                samples[name].append(clock.sample(calls[name], repeats[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def capture(call, device):
+    """Capture a callable into a CUDA graph; returns one that replays it.
+
+    The callable must read and write the same tensors in every call, and must have run before.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

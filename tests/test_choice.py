@@ -1,0 +1,163 @@
+"""Who decides what runs: environment, context, module, call, automatic; and what is said about it."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from blocks import Case, Inputs
+
+import mnet_kernels as mk
+from mnet_kernels import backends, choice
+from mnet_kernels.backends import compiled
+
+CPU = torch.device("cpu")
+
+
+def ran(inputs, **options):
+    """The namespaces that a call ran in."""
+    with mk.count_stages() as counts:
+        inputs.call(**options)
+    return {label.split("::")[0] for label in counts}
+
+
+@pytest.fixture
+def nothing_built(monkeypatch):
+    """An installation without the extension."""
+    monkeypatch.setattr(compiled, "_extension", None)
+    monkeypatch.setattr(compiled, "_reason", "the package was not built (no _build.json)")
+    choice._decide.cache_clear()
+    yield
+    choice._decide.cache_clear()
+
+
+def test_without_the_extension_the_result_is_native(nothing_built, caplog):
+    assert ran(Inputs(Case(), torch.float32)) == {"native"}
+    assert "running native torch ops on cpu" in caplog.text and "not built" in caplog.text
+
+
+def test_context_nests_and_keeps_what_is_not_given():
+    inputs = Inputs(Case())
+    with mk.backend("reference", mode="algebraic"):
+        assert ran(inputs) == {"mnet_ref"}
+        with mk.backend("native"):
+            assert ran(inputs) == {"native"}
+        with mk.backend(mode="chain"), mk.count_stages() as counts:
+            inputs.call()
+        assert counts["mnet_ref::depthwise"] == 1
+    with pytest.raises(KeyError), mk.backend("native"):
+        raise KeyError
+    assert choice._scopes == ()
+
+
+def test_context_overrules_module_and_module_overrules_environment(monkeypatch):
+    block = mk.nn.FusedInvertedResidual(4, 4, 1, 2, backend="reference").double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    monkeypatch.setattr(choice, "_environment", ("cpu", "auto"))
+    with mk.count_stages() as counts:
+        block(x)
+    assert counts["mnet_ref::depthwise"] == 1
+    with mk.backend("native"), mk.count_stages() as counts:
+        block(x)
+    assert counts == {"native::inverted_residual": 1}
+
+
+def test_native_in_the_environment_always_works(monkeypatch):
+    """The way out of any trouble: nothing overrules it."""
+    monkeypatch.setattr(choice, "_environment", ("native", "auto"))
+    with mk.backend("cuda"):
+        assert ran(Inputs(Case())) == {"native"}
+
+
+@pytest.mark.parametrize(
+    "name, value, fails",
+    [
+        ("MNET_BACKEND", "native", None),
+        ("MNET_BACKEND", " Reference ", None),
+        (
+            "MNET_BACKEND",
+            "cudnn",
+            "must be one of auto, native, reference, cpu, triton, cuda; got 'cudnn'",
+        ),
+        ("MNET_MODE", "algebraic", None),
+        ("MNET_MODE", "fast", "MNET_MODE must be one of auto, chain, algebraic; got 'fast'"),
+    ],
+)
+def test_environment(name, value, fails):
+    code = "import mnet_kernels.choice as c; print(*c._environment)"
+    env = {**os.environ, name: value, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    if fails:
+        assert done.returncode and fails in done.stderr
+    else:
+        assert value.strip().lower() in done.stdout.split()
+
+
+@pytest.mark.parametrize("name, mode", [("cudnn", None), ("chain", None), ("native", "fast")])
+def test_unknown_names(name, mode):
+    with pytest.raises(ValueError, match="must be one of"), mk.backend(name, mode):
+        pass
+    block = mk.nn.FusedPointwiseConvBNAct(3, 4, backend=name, mode=mode)
+    with pytest.raises(ValueError, match="must be one of"):
+        block(torch.randn(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_backend_of_another_device(name):
+    with mk.backend(name), pytest.raises(mk.BackendUnavailableError, match="runs on cuda tensors.*on cpu.*move"):
+        Inputs(Case(), torch.float32).call()
+
+
+def test_a_backend_that_was_not_built(nothing_built):
+    with mk.backend("cpu"), pytest.raises(mk.BackendUnavailableError, match="not built.*pip install --no-build-iso"):
+        Inputs(Case(), torch.float32).call()
+
+
+def test_said_once_and_why(caplog):
+    caplog.set_level(logging.INFO, logger="mnet_kernels")
+    inputs = Inputs(Case())
+    for _ in range(3):
+        with mk.backend("reference", "chain"):
+            inputs.call()
+    said = [r.message for r in caplog.records]
+    assert len(said) == 1 and "'reference'" in said[0] and "'chain'" in said[0] and "mnet_kernels.backend" in said[0]
+
+
+def test_float64_takes_native_on_a_fused_backend(caplog):
+    inputs = Inputs(Case())
+    backend = "cpu" if backends.implemented("cpu") else "auto"
+    for _ in range(2):
+        with mk.backend(backend):
+            assert ran(inputs) == {"native"}
+    assert len([r for r in caplog.records if "float64" in r.message]) == 1
+
+
+def test_stages_that_a_backend_lacks_run_on_the_reference_and_that_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "implemented", lambda name: frozenset({"depthwise"}))
+    choice._decide.cache_clear()
+    try:
+        found = choice.choose(CPU, torch.float32, "cpu", "chain")
+        automatic = choice.choose(CPU, torch.float32)
+    finally:
+        choice._decide.cache_clear()
+    assert found.backend == "cpu" and "slow reference: pointwise, finalize" in caplog.text
+    assert automatic.backend == "native" and "no kernel yet for" in automatic.reason
+
+
+def test_algebraic_needs_an_expand_layer():
+    with mk.backend("reference", "algebraic"), mk.count_stages() as counts:
+        Inputs(Case(expand=False)).call()
+    assert counts["mnet_ref::depthwise"] == 1
+
+
+def test_build_info():
+    info = mk.build_info()
+    assert set(info) == {"version", "torch", "triton", "extension", "backends"}
+    assert info["version"] == mk.__version__ and info["torch"] == torch.__version__
+    assert set(info["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    assert info["backends"]["reference"]["whole"] == ["chain", "algebraic"]
+    extension = info["extension"]
+    assert extension["extension"] or extension["reason"]
+    assert extension["extension"] == bool(info["backends"]["cpu"]["stages"])
