@@ -5,8 +5,9 @@
 For every shape, milliseconds and GFLOP/s of: torch's batch norm, ReLU6 and convolution, and their backward (what the
 stages replace, but that they take the statistics of the map after, not before, the convolution); torch.mm, F.conv2d,
 the stage as a bare product, the stage with its batch norm, activation and moments; and of the backward: two torch.mm
-(dgrad, wgrad) and the stage with everything.  The variants of a shape take turns; times are the thread's own CPU time, so that other processes cost little, and the lower
-quartile of them.  The peak is measured by a loop of fused multiply-adds, compiled on the spot where there is AVX2.
+(dgrad, wgrad) and the stage with everything.  The variants of a shape take turns; times are the thread's own CPU time,
+so that other processes cost little, and the lower quartile of them.  The peak is measured by a loop of fused
+multiply-adds, compiled on the spot where there is AVX2.
 glibc gives large tensors back to the system after every call; to leave the page faults out, set
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592.
 """

@@ -41,6 +41,7 @@ def step(model, x, target):
     named = {"x": x, **{k: p for k, p in model.named_parameters() if p.requires_grad}}
     grads = torch.autograd.grad(loss, list(named.values()))
     result = {"out": out.detach(), "loss": loss.detach()} | {f"d_{k}": g for k, g in zip(named, grads, strict=True)}
+    assert not any(v.requires_grad for v in model.buffers()), "a running statistic became part of the graph"
     return result | {k: v.clone() for k, v in model.named_buffers()}
 
 

@@ -156,6 +156,13 @@ def test_algebraic_never_moves_the_expanded_map():
     assert found.saved["algebraic"] < 0.6 * found.saved["chain"]
 
 
+def test_a_forced_native_backend_is_refused(monkeypatch):
+    monkeypatch.setattr("mnet_kernels.choice._environment", ("native", "auto"))
+    monkeypatch.setenv("MNET_BACKEND", "native")
+    with pytest.raises(ValueError, match="chain cannot be traced while MNET_BACKEND=native"):
+        cost.cost(FusedSeparable(3, 4), (3, 8, 8), schemes=("eager", "chain"), **STEP)
+
+
 @pytest.fixture(scope="module")
 def v2():
     return cost.cost(build("v2"))
@@ -209,8 +216,12 @@ def test_errors():
     with pytest.raises(ValueError, match="schemes must be of eager, compile, chain, algebraic, got fast"):
         cost.cost(build("v1"), schemes=("fast",))
     twice = nn.Conv2d(3, 3, 1)
-    with pytest.raises(ValueError, match="called exactly once"):
+    with pytest.raises(ValueError, match="0 is called more than once"):
         cost.layers(nn.Sequential(twice, twice), (3, 8, 8))
+    unused = FusedSeparable(3, 4)
+    unused.spare = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="does not call spare"):
+        cost.layers(unused, (3, 8, 8))
     with pytest.raises(ValueError, match="0 has parameters but stands before"):
         cost.layers(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), (3, 8, 8))
     with pytest.raises(ValueError, match="more than 1 value per channel"):

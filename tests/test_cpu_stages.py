@@ -280,7 +280,7 @@ def test_derivatives_exactly_at_kinks(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [0.0, 1.0, 55.5, -3000.0])
+@pytest.mark.parametrize("value", [0.0, 1.0, 55.5, -3008.0])
 def test_constant_channels(dtype, value):
     x = torch.full((3, 9, 17, 23), value, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.zeros(9, 1, 3, 3, dtype=dtype)

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from networks import assert_equal, compare, native_calls, paths, step, twins
+from precision import cosine
 
 import mnet_kernels as mk
 from mnet_kernels.models.v1 import SEPARABLE_SETTING
@@ -154,6 +155,33 @@ def test_frozen_parts(trained):
     model[0][0][1][0].bn2.eval()
     model[0][0][0][1].bn2.eval()
     check_sequence(model, 1)
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph():
+    model = sequence()
+    want, _ = run(model, "reference")
+    got, _ = run(torch.compile(model, backend="aot_eager", fullgraph=True), "reference")
+    assert_equal({k.replace("_orig_mod.", ""): v for k, v in got.items()}, want)
+
+
+def test_autocast():
+    """Raw maps pass from block to block in the autocast dtype, their tables in float32."""
+    model = sequence().float()
+    x, target = torch.randn(3, 4, 7, 5), torch.randint(5, (3,))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    found = {}
+    for backend in ("native", "reference"):
+        model.load_state_dict(state)
+        with mk.backend(backend), torch.autocast("cpu", torch.bfloat16):
+            found[backend] = step(model, x, target)
+    model.load_state_dict(state)
+    want = step(model.double(), x.double(), target)
+    for name in want:
+        if name.startswith("d_") and name.endswith("weight"):
+            ours, native = (cosine(found[backend][name], want[name]) for backend in ("reference", "native"))
+            assert 1 - ours < 2 * (1 - native) + 0.01, name
+            assert found["reference"][name].dtype == torch.float32
 
 
 class Saved:

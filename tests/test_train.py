@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("sklearn")
 
 from mnet_kernels import train
+from mnet_kernels.models import MODELS
 from mnet_kernels.training import TrainingError, checkpoint, compare, data, engine, metrics
 from mnet_kernels.training.progress import Progress
 
@@ -149,6 +150,15 @@ def test_augmentation_is_the_affine_map_it_says():
 
 
 # ---- a run and what it leaves ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_and_its_stem(name):
+    for stride in (1, 2):
+        model = engine.build_model(name, 10, 0.25, stride)
+        first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+        assert first.stride == (stride, stride)
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_it_learns(tmp_path, capsys):
@@ -535,7 +545,8 @@ def test_compare_reports_a_failing_child(tmp_path, capsys, monkeypatch):
 
 def test_compare_children_get_the_settings():
     parser = train.build_parser()
-    options = ["--no-channels-last", "--epochs", "3", "--seed", "5", "--amp", "bf16", "--weight-decay", "0", *SMALL]
+    options = ["--no-channels-last", "--epochs", "3", "--seed", "5", "--amp", "bf16", "--weight-decay", "0"]
+    options += ["--stem-stride", "1", *SMALL]
     config = train._config(parser.parse_args(options))
     child = parser.parse_args(compare.command(config, "reference", "there", threads=1)[3:])
     assert child.threads == 1 and child.out == "there" and child.overwrite

@@ -75,7 +75,9 @@ struct Hardswish {
   static constexpr Activation kCode = Activation::kHardswish;
   template <typename V>
   static MNET_HD V fwd(V u) {
-    return u * Relu6::fwd(V(u + 3.f)) * (1.f / 6.f);
+    // u * relu6(u + 3) / 6 with two roundings; 1.f / 6.f is rounded up, so that both clamps hold from u = -3 and 3 on.
+    const V zero = V{}, one = zero + 1.f;
+    return u * at_most(at_least(V(u * (1.f / 6.f) + 0.5f), zero), one);
   }
   template <typename V>
   static MNET_HD V bwd(V u) {

@@ -10,7 +10,7 @@
 // store and sums.  Maps are read in their own order, position by position, and their next row is prefetched; only the ring
 // is walked vector by vector (k 3, stride 1: 408 bytes a channel, in the second-level cache for all but the narrowest
 // maps; splitting the channels to fit the first level costs more than it saves, because memory is then met in shorter
-// pieces).  Sums and dW stay in float32 for kRunLength positions and are then added to doubles.
+// pieces).  Sums and dW stay in float32 for runs of a few positions and are then added to doubles.
 #pragma once
 
 
@@ -36,13 +36,14 @@ struct BackwardShape {
   static constexpr int kLeft = kPad / kStride;
   static constexpr int kRight = (kBlock - 1 + kPad) / kStride - (kBlock / kStride - 1);
   static constexpr int kDyColumns = kColumns / kStride + kLeft + kRight;
-  static constexpr int kRunLength = 256;
+  static constexpr int kSumRun = 32;  // positions summed in float32
+  static constexpr int kDwRun = 64;
 
   static_assert(kKernel == 3 || kKernel == 5, "supported kernels");
   static_assert(kStride == 1 || kStride == 2, "supported strides");
   static_assert(kColumns % kStrip == 0 && kStrip % kBlock == 0, "strips are whole blocks");
   static_assert(kBlock % kStride == 0, "a block starts at a column that an output is centred on");
-  static_assert(kColumns <= kRunLength, "a row of a tile fits in one run");
+  static_assert(kColumns <= kSumRun && kColumns <= kDwRun, "a row of a tile fits in one run");
   static_assert(DepthwiseBackwardPlan::kChannelBlock % kLanes == 0, "a channel block is whole vectors");
 };
 
@@ -282,7 +283,7 @@ class BackwardUnit {
     const auto core = p_.gx == nullptr   ? strip_gradients<Shape, false, true>
                       : p_.dw == nullptr ? strip_gradients<Shape, true, false>
                                          : strip_gradients<Shape, true, true>;
-    int run = 0;  // positions in the current run
+    int sum_run = 0, dw_run = 0;  // positions in the current runs
     for (int64_t column = 0; column < p_.w; column += Shape::kColumns) {
       const int columns = static_cast<int>(least<int64_t>(Shape::kColumns, p_.w - column));
       int64_t loaded = 0;  // one past the last row of dy in the ring
@@ -301,9 +302,13 @@ class BackwardUnit {
           const auto kernel_row = static_cast<int>(ih + Shape::kPad - oh * Shape::kStride);
           rows[num_rows++] = {kernel_row, static_cast<int>(oh % Shape::kRing)};
         }
-        if (run + columns > Shape::kRunLength) {
-          flush();
-          run = 0;
+        if (sum_run + columns > Shape::kSumRun) {
+          flush_sums();
+          sum_run = 0;
+        }
+        if (dw_run + columns > Shape::kDwRun) {
+          flush_dw();
+          dw_run = 0;
         }
         const int64_t at = ((image * p_.h + ih) * p_.w + column) * p_.c;
         for (int strip = 0; strip < columns; strip += Shape::kStrip) {
@@ -312,10 +317,12 @@ class BackwardUnit {
           core(tiles_.memory, vectors_, rows, num_rows, strip, count);
           if (p_.gx != nullptr) gx_of(at + int64_t{strip} * p_.c, count);
         }
-        run += columns;
+        sum_run += columns;
+        dw_run += columns;
       }
     }
-    flush();
+    flush_sums();
+    flush_dw();
   }
 
  private:
@@ -366,20 +373,26 @@ class BackwardUnit {
     });
   }
 
-  // Adds the run's float32 sums to the unit's totals.
-  void flush() {
+  // Adds a run's float32 sums to the unit's totals.
+  void flush_sums() {
+    if (p_.sums == nullptr) return;
     for (int v = 0; v < vectors_; ++v) {
       BackwardLanes& k = lanes_.memory[v];
-      double* to = unit_.totals + k.channel;
-      if (p_.dw != nullptr) {
-        for (int tap = 0; tap < Shape::kTaps; ++tap) {
-          add_lanes(to + int64_t{tap} * p_.c, tiles_.memory[v].dw[tap], k.valid);
-          tiles_.memory[v].dw[tap] = Vec{};
-        }
-      }
-      add_lanes(to + int64_t{Shape::kTaps} * p_.c, k.sum, k.valid);
-      add_lanes(to + int64_t{Shape::kTaps + 1} * p_.c, k.sum_x, k.valid);
+      double* to = unit_.totals + int64_t{Shape::kTaps} * p_.c + k.channel;
+      add_lanes(to, k.sum, k.valid);
+      add_lanes(to + p_.c, k.sum_x, k.valid);
       k.sum = k.sum_x = Vec{};
+    }
+  }
+
+  void flush_dw() {
+    if (p_.dw == nullptr) return;
+    for (int v = 0; v < vectors_; ++v) {
+      const BackwardLanes& k = lanes_.memory[v];
+      for (int tap = 0; tap < Shape::kTaps; ++tap) {
+        add_lanes(unit_.totals + int64_t{tap} * p_.c + k.channel, tiles_.memory[v].dw[tap], k.valid);
+        tiles_.memory[v].dw[tap] = Vec{};
+      }
     }
   }
 

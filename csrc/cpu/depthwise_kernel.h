@@ -29,7 +29,7 @@ struct DepthwiseTraits {
   static constexpr int kColumns = 32 / kStride_;  // output columns of a tile
   static constexpr int kInColumns = (kColumns - 1) * kStride_ + kKernel_;
   static constexpr int kBlock = 4;      // output columns computed together, in registers
-  static constexpr int kRunLength = 128;  // positions summed with one shift (moments.h)
+  static constexpr int kRunLength = 32;  // positions summed in float32, with one shift (moments.h)
 
   static_assert(kKernel == 3 || kKernel == 5, "supported kernels");
   static_assert(kStride == 1 || kStride == 2, "supported strides");
@@ -44,7 +44,8 @@ struct alignas(64) DepthwiseLanes {
   Vec weight[Traits::kKernel * Traits::kKernel];
   Vec scale, shift;
   Vec run_shift, run_sum1, run_sum2;
-  double mean[kLanes], m2[kLanes];
+  Vec unit_shift;  // the first run's
+  double sum1[kLanes], sum2[kLanes];  // of all runs so far, about unit_shift
   int channel;  // the first
   int valid;    // lanes in use
 };
@@ -65,7 +66,7 @@ void init_lanes(DepthwiseLanes<Traits>& g, const DepthwiseParams& p, int channel
     g.scale = load_lanes<true, float, Vec>(p.bn + channel, g.valid);
     g.shift = load_lanes<true, float, Vec>(p.bn + p.c + channel, g.valid);
   }
-  for (int i = 0; i < kLanes; ++i) g.mean[i] = g.m2[i] = 0.0;
+  for (int i = 0; i < kLanes; ++i) g.sum1[i] = g.sum2[i] = 0.0;
 }
 
 // Fills one row of the ring: columns [first, first + count) of x's row; what lies outside [0, w) is zero.
@@ -119,42 +120,46 @@ MNET_HD void convolve(const Vec* const* rows, int in_column, const Vec* weight, 
 // One output row of the tile: rounds, stores, and adds the stored values to the running moments.
 template <typename Traits, bool kPartial>
 void output_row(DepthwiseLanes<Traits>& g, const DepthwiseParams& p, const Vec* const* rows, int columns,
-                typename Traits::Lane* to, bool first_of_run) {
+                typename Traits::Lane* to, bool first_of_run, bool first_of_unit) {
   Vec shift = g.run_shift, sum1 = g.run_sum1, sum2 = g.run_sum2;
-  const auto emit = [&](Vec value, int column) {
-    const typename Traits::Raw raw = Traits::Storage::pack(value);
-    copy_lanes<kPartial, typename Traits::Lane>(to + static_cast<int64_t>(column) * p.c, &raw, g.valid);
-    const Vec stored = Traits::Storage::unpack(raw);
-    if (first_of_run && column == 0) shift = stored;
-    const Vec d = stored - shift;
-    sum1 = sum1 + d;
-    sum2 = sum2 + d * d;
-  };
   if (first_of_run) sum1 = sum2 = Vec{};
-  int column = 0;
-  for (; column + Traits::kBlock <= columns; column += Traits::kBlock) {
-    Vec out[Traits::kBlock];
-    convolve<Traits, Traits::kBlock>(rows, column * Traits::kStride, g.weight, out);
+  // Neighbours are added first: a long float32 sum then has a fourth of the roundings.
+  const auto emit = [&](auto block, int column) {
+    Vec out[decltype(block)::value];
+    convolve<Traits, decltype(block)::value>(rows, column * Traits::kStride, g.weight, out);
+    Vec d1{}, d2{};
     MNET_UNROLL
-    for (int b = 0; b < Traits::kBlock; ++b) emit(out[b], column + b);
-  }
-  for (; column < MNET_PLANT(3, columns, columns - 1); ++column) {
-    Vec out[1];
-    convolve<Traits, 1>(rows, column * Traits::kStride, g.weight, out);
-    emit(out[0], column);
-  }
+    for (int b = 0; b < decltype(block)::value; ++b) {
+      const int64_t at = static_cast<int64_t>(column + b) * p.c;
+      const Vec stored = store_map<typename Traits::Storage, kPartial>(to + at, out[b], g.valid);
+      if (b == 0 && column == 0 && first_of_unit) shift = stored;
+      const Vec d = stored - shift;
+      d1 = b == 0 ? d : d1 + d;
+      d2 = b == 0 ? d * d : d2 + d * d;
+    }
+    sum1 = sum1 + d1;
+    sum2 = sum2 + d2;
+  };
+  for_blocks<Traits::kBlock>(0, MNET_PLANT(3, columns, columns - 1), emit);
   g.run_shift = shift;
   g.run_sum1 = sum1;
   g.run_sum2 = sum2;
 }
 
+// Adds a run to the unit's sums, which are about a value of the unit as the run's are about its shift: in double the factor
+// that moments.h speaks of, here the unit's size, is harmless.  The next run is shifted by this one's mean, which loses less
+// than one of its own values would, and leaves a constant channel exact as well.
 template <typename Traits>
-void flush_run(DepthwiseLanes<Traits>& g, int64_t flushed, int run) {
-  const double weight = static_cast<double>(run) / static_cast<double>(flushed + run);
+void flush_run(DepthwiseLanes<Traits>& g, int run, bool first) {
+  if (first) g.unit_shift = g.run_shift;
   for (int i = 0; i < kLanes; ++i) {
-    const Moments<float> m = from_shifted<float>(static_cast<float>(run), g.run_shift[i], g.run_sum1[i], g.run_sum2[i]);
-    chan_update<double>(g.mean[i], g.m2[i], static_cast<double>(flushed), m.mean, m.m2, weight);
+    const double moved = static_cast<double>(g.run_shift[i]) - static_cast<double>(g.unit_shift[i]);
+    const double sum1 = g.run_sum1[i], sum2 = g.run_sum2[i];
+    g.sum1[i] += sum1 + run * moved;
+    g.sum2[i] += sum2 + moved * (2.0 * sum1 + run * moved);
   }
+  const Vec mean = g.run_shift + g.run_sum1 * (1.f / static_cast<float>(run));
+  g.run_shift = mean - mean == Vec{} ? mean : g.run_shift;  // not an infinity, nor a NaN
 }
 
 template <typename Traits>
@@ -173,11 +178,11 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
   const auto* x = static_cast<const Lane*>(p.x);
   auto* y = static_cast<Lane*>(p.y);
   const int64_t in_row = int64_t{p.w} * p.c, out_row = int64_t{p.out_w} * p.c;
-  int64_t flushed = 0;  // positions already in mean and m2
+  int64_t flushed = 0;  // positions already in the sums
   int run = 0;          // positions in the current run
   const auto flush = [&] {
     if (unit.mean != nullptr && run > 0) {
-      for (int g = 0; g < num_groups; ++g) flush_run(groups[g], flushed, run);
+      for (int g = 0; g < num_groups; ++g) flush_run(groups[g], run, flushed == 0);
     }
     flushed += run;
     run = 0;
@@ -210,7 +215,7 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
         for (int i = 0; i < kKernel; ++i) rows[i] = lanes.ring[slot(top + i)];
         const auto output = partial ? output_row<Traits, true> : output_row<Traits, false>;
         output(lanes, p, rows, columns, y + row * out_row + column * p.c + lanes.channel,
-                 MNET_PLANT(6, run == 0, run + flushed == 0));
+               MNET_PLANT(6, run == 0, run + flushed == 0), run + flushed == 0);
       }
       loaded = top + kKernel;
       run += columns;
@@ -222,8 +227,9 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
   for (int g = 0; g < num_groups; ++g) {
     const Lanes& lanes = groups[g];
     for (int i = 0; i < lanes.valid; ++i) {
-      unit.mean[lanes.channel + i] = lanes.mean[i];
-      unit.m2[lanes.channel + i] = lanes.m2[i];
+      const Moments<double> m = from_shifted<double>(flushed, lanes.unit_shift[i], lanes.sum1[i], lanes.sum2[i]);
+      unit.mean[lanes.channel + i] = m.mean;
+      unit.m2[lanes.channel + i] = m.m2;
     }
   }
 }

@@ -6,13 +6,16 @@
 namespace mnet::cpu {
 
 constexpr int64_t kChunkElements = int64_t{1} << 16;
+constexpr int64_t kManyImages = 16;
+constexpr int kSqueezeBlock = 256;
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 NormalizePlan plan_normalize(const NormalizeParams& p) {
   NormalizePlan plan{};
   plan.positions = p.n * p.area;
-  plan.channel_blocks = divide_up(p.c, NormalizePlan::kChannelBlock);
+  plan.channels = p.n >= kManyImages ? p.c : std::min(p.c, kSqueezeBlock);
+  plan.channel_blocks = divide_up(p.c, plan.channels);
   if (plan.positions == 0) return plan;
   plan.positions_per_chunk = std::min(plan.positions, std::max<int64_t>(8, kChunkElements / p.c));
   plan.chunks = divide_up(plan.positions, plan.positions_per_chunk);
@@ -60,8 +63,8 @@ void squeeze_units(const NormalizeParams& p, Dtype dtype, const NormalizePlan& p
                    Capability capability) {
   const auto run = MNET_CHOOSE(squeeze_image);
   for (int64_t index = begin; index < end; ++index) {
-    const int first = static_cast<int>(index % plan.channel_blocks) * NormalizePlan::kChannelBlock;
-    run(p, dtype, index / plan.channel_blocks, first, std::min(p.c, first + NormalizePlan::kChannelBlock));
+    const int first = static_cast<int>(index % plan.channel_blocks) * plan.channels;
+    run(p, dtype, index / plan.channel_blocks, first, std::min(p.c, first + plan.channels));
   }
 }
 

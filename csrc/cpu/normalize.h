@@ -15,9 +15,9 @@ struct NormalizePlan {
   int64_t positions;            // n * area
   int64_t positions_per_chunk;  // a unit of normalize and normalize_backward
   int64_t chunks;
-  int64_t channel_blocks;  // a unit of squeeze is an image's block of kChannelBlock channels
-
-  static constexpr int kChannelBlock = 256;
+  // A unit of squeeze is an image, or where there are few images a block of `channels` of its channels.
+  int64_t channel_blocks;
+  int channels;
 };
 
 NormalizePlan plan_normalize(const NormalizeParams& params);

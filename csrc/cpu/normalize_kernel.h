@@ -1,8 +1,8 @@
 // The kernels of normalize.h for one capability (see simd.h for how it is included).
 //
-// Memory plan.  A map is walked in its own order: kBlock positions at a time, all channels of a unit, so that the
-// coefficients of a vector of channels are loaded once for kBlock values and memory is read in long pieces.  Sums stay
-// in float32 for runs of kRunLength positions, in the first-level cache, and are then added to doubles.
+// Memory plan.  A map is walked in its own order, position by position: loading the coefficients anew at each (from the
+// first-level cache) costs less than reading several positions side by side.  Sums stay in float32 for runs of
+// kNormalizeRun positions, in the first-level cache, and are then added to doubles.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +14,7 @@
 
 namespace mnet::cpu::MNET_CPU_NAMESPACE {
 
-constexpr int kNormalizeBlock = 1;   // positions taken together
-constexpr int kNormalizeRun = 128;   // positions summed in float32
-static_assert(kNormalizeRun % kNormalizeBlock == 0, "a run is whole blocks");
-static_assert(NormalizePlan::kChannelBlock % kLanes == 0, "a channel block is whole vectors");
+constexpr int kNormalizeRun = 32;  // positions summed in float32
 
 // f(channel, valid lanes, flag of a partial vector) for every vector of channels in [begin, end).
 template <typename F>
@@ -33,40 +30,38 @@ void normalize_rows(const NormalizeParams& p, int64_t begin, int64_t end) {
   const auto* y = static_cast<const Lane*>(p.y);
   const auto* residual = static_cast<const Lane*>(p.operand);
   auto* out = static_cast<Lane*>(p.output);
-  for_blocks<kNormalizeBlock>(begin, end, [&](auto block, int64_t position) {
+  for (int64_t position = begin; position < end; ++position) {
     for_vectors(0, p.c, [&](int channel, int valid, auto partial) {
       constexpr bool kPartial = decltype(partial)::value;
       const Vec scale = load_lanes<kPartial, float, Vec>(p.bn + channel, valid);
       const Vec shift = load_lanes<kPartial, float, Vec>(p.bn + p.c + channel, valid);
-      MNET_UNROLL
-      for (int b = 0; b < decltype(block)::value; ++b) {
-        const int64_t at = (position + b) * p.c + channel;
-        Vec z = Act::fwd(Vec(scale * load_map<Storage, kPartial>(y + at, valid) + shift));
-        if constexpr (kResidual) z = z + load_map<Storage, kPartial>(residual + at, valid);
-        store_map<Storage, kPartial>(out + at, z, valid);
-      }
+      const int64_t at = position * p.c + channel;
+      Vec z = Act::fwd(Vec(scale * load_map<Storage, kPartial>(y + at, valid) + shift));
+      if constexpr (kResidual) z = z + load_map<Storage, kPartial>(residual + at, valid);
+      store_map<Storage, kPartial>(out + at, z, valid);
     });
-  });
+  }
 }
 
 // Adds kTables sums over the positions [begin, end) of channels [first, last) to `totals`, table t at t * pitch:
-// term(channel, valid, position, partial, values) fills one value a table.
+// term(channel, valid, position, partial, values) gives one value a table.
 template <int kTables, typename Term>
 MNET_HD void sum_rows(int64_t begin, int64_t end, int first, int last, double* totals, int64_t pitch, const Term& term) {
   const int vectors = (last - first + kLanes - 1) / kLanes;
   const Scratch<Vec> scratch(kTables * vectors);
   for (int64_t run = begin; run < end; run += kNormalizeRun) {
     fill_zero(scratch.memory, scratch.memory + kTables * vectors);
-    for_blocks<kNormalizeBlock>(run, least<int64_t>(end, run + kNormalizeRun), [&](auto block, int64_t position) {
+    const int64_t run_end = least<int64_t>(end, run + kNormalizeRun);
+    for (int64_t position = run; position < run_end; ++position) {
       Vec* sums = scratch.memory;
       for_vectors(first, last, [&](int channel, int valid, auto partial) {
         Vec sum[kTables];
-        term(channel, valid, position, block, partial, sum);
+        term(channel, valid, position, partial, sum);
         MNET_UNROLL
         for (int t = 0; t < kTables; ++t) sums[t] = sums[t] + sum[t];
         sums += kTables;
       });
-    });
+    }
     for (int v = 0; v < vectors; ++v) {
       const int valid = least(kLanes, last - first - v * kLanes);
       for (int t = 0; t < kTables; ++t) {
@@ -82,20 +77,15 @@ void normalize_backward_rows(const NormalizeParams& p, int64_t begin, int64_t en
   const auto* y = static_cast<const Lane*>(p.y);
   const auto* grad = static_cast<const Lane*>(p.operand);
   for (int i = 0; i < 2 * p.c; ++i) sums[i] = 0.0;
-  sum_rows<2>(begin, end, 0, p.c, sums, p.c, [&](int channel, int valid, int64_t position, auto block, auto partial, Vec* sum) {
+  sum_rows<2>(begin, end, 0, p.c, sums, p.c, [&](int channel, int valid, int64_t position, auto partial, Vec* sum) {
     constexpr bool kPartial = decltype(partial)::value;
     const Vec scale = load_lanes<kPartial, float, Vec>(p.bn + channel, valid);
     const Vec shift = load_lanes<kPartial, float, Vec>(p.bn + p.c + channel, valid);
     const Vec mean = load_lanes<kPartial, float, Vec>(p.bn + 2 * int64_t{p.c} + channel, valid);
-    MNET_UNROLL
-    for (int b = 0; b < decltype(block)::value; ++b) {
-      const int64_t at = (position + b) * p.c + channel;
-      const Vec v = load_map<Storage, kPartial>(y + at, valid);
-      const Vec g = load_map<Storage, kPartial>(grad + at, valid) * Act::bwd(Vec(scale * v + shift));
-      const Vec gy = g * (v - mean);
-      sum[0] = b == 0 ? g : sum[0] + g;
-      sum[1] = b == 0 ? gy : sum[1] + gy;
-    }
+    const int64_t at = position * p.c + channel;
+    const Vec v = load_map<Storage, kPartial>(y + at, valid);
+    sum[0] = load_map<Storage, kPartial>(grad + at, valid) * Act::bwd(Vec(scale * v + shift));
+    sum[1] = sum[0] * (v - mean);
   });
 }
 
@@ -106,20 +96,16 @@ void squeeze_rows(const NormalizeParams& p, int64_t image, int first, int last) 
   const Scratch<double> totals(3 * channels);
   for (int i = 0; i < 3 * channels; ++i) totals.memory[i] = 0.0;
   sum_rows<3>(image * p.area, (image + 1) * p.area, first, last, totals.memory, channels,
-              [&](int channel, int valid, int64_t position, auto block, auto partial, Vec* sum) {
+              [&](int channel, int valid, int64_t position, auto partial, Vec* sum) {
     constexpr bool kPartial = decltype(partial)::value;
     const Vec scale = load_lanes<kPartial, float, Vec>(p.bn + channel, valid);
     const Vec shift = load_lanes<kPartial, float, Vec>(p.bn + p.c + channel, valid);
     const Vec mean = load_lanes<kPartial, float, Vec>(p.bn + 2 * int64_t{p.c} + channel, valid);
-    MNET_UNROLL
-    for (int b = 0; b < decltype(block)::value; ++b) {
-      const Vec v = load_map<Storage, kPartial>(y + (position + b) * p.c + channel, valid);
-      const Vec u = scale * v + shift;
-      const Vec z = Act::fwd(u), d = Act::bwd(u), dv = d * (v - mean);
-      sum[0] = b == 0 ? z : sum[0] + z;
-      sum[1] = b == 0 ? d : sum[1] + d;
-      sum[2] = b == 0 ? dv : sum[2] + dv;
-    }
+    const Vec v = load_map<Storage, kPartial>(y + position * p.c + channel, valid);
+    const Vec u = scale * v + shift;
+    sum[0] = Act::fwd(u);
+    sum[1] = Act::bwd(u);
+    sum[2] = sum[1] * (v - mean);
   });
   for (int c = 0; c < channels; ++c) {
     float* to = p.table + image * p.c + first + c;

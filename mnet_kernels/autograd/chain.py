@@ -34,7 +34,8 @@ def forward(stage, block, x, layers, weights, extra):
         bns.append(bn)
         if layer.batch_stats:
             stats += [bn[2], bn[4]]
-    out = (y, bn) if block.raw else stage.normalize(y, bn, act, x if block.residual else None)
+    # a copy of the table: the statistics are rows of it, and would carry its gradient into the running ones
+    out = (y, bn.clone()) if block.raw else stage.normalize(y, bn, act, x if block.residual else None)
     return out, [*maps, *bns, *gates], stats
 
 

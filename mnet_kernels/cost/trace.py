@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import math
+import os
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..choice import backend
+from ..choice import backend, choose
 
 # scheme -> backend and mode that run it
 TRACED = {"eager": ("native", None), "chain": ("reference", "chain"), "algebraic": ("reference", "algebraic")}
@@ -125,43 +126,49 @@ def layers(model, input_shape):
         input_shape: (C, H, W).
 
     Returns:
-        List of :class:`Layer` in the order in which the model calls them.
+        List of :class:`Layer` in the order of registration.
 
     Raises:
-        ValueError: a layer is called not exactly once.
+        ValueError: a layer is not called, or more than once.
     """
     twin = _meta_twin(model, torch.float32).eval()
     found = _walk(twin)
     recorder = _Recorder(_weights(found))
     with torch.no_grad(), backend("native"), recorder:
         twin(torch.empty(1, *input_shape, device="meta"))
-    result = []
+    result = {}
     for layer, _, op, args, (out, *_) in recorder.calls:
         if op not in ("convolution", "addmm", "mm"):
             continue
         module, name, parameters = found[layer]
         shape, source = tuple(out.shape[1:]), args[1] if op == "addmm" else args[0]
         madds = math.prod(shape) * module.weight[0].numel()
-        result.append(Layer(name, _kind(module), tuple(source.shape[1:]), shape, parameters, madds))
-    if sorted(layer.name for layer in result) != sorted(name for _, name, _ in found):
-        raise ValueError("every convolution and linear layer must be called exactly once")
-    return result
+        if layer in result:
+            raise ValueError(f"{name} is called more than once")
+        result[layer] = Layer(name, _kind(module), tuple(source.shape[1:]), shape, parameters, madds)
+    missing = [name for i, (_, name, _) in enumerate(found) if i not in result]
+    if missing:
+        raise ValueError(f"the model does not call {', '.join(missing)}")
+    return [result[i] for i in range(len(found))]
 
 
 def trace(model, input_shape, batch, dtype, scheme):
     """(calls of one training step, bytes saved for backward)."""
     twin = _meta_twin(model, dtype).train()
     recorder = _Recorder(_weights(_walk(twin)))
-    kept, storages = {id(p) for p in twin.parameters()}, {}
+    kept, storages = {p.untyped_storage()._cdata for p in twin.parameters()}, {}
 
     def pack(tensor):
-        if id(tensor) not in kept:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in kept:
             storages[storage._cdata] = storage
         return tensor
 
     x = torch.empty(batch, *input_shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
-    with backend(*TRACED[scheme]), recorder:
+    name, mode = TRACED[scheme]
+    with backend(name, mode), recorder:
+        if choose(x.device, dtype).backend != name:
+            raise ValueError(f"{scheme} cannot be traced while MNET_BACKEND={os.environ['MNET_BACKEND']}: unset it")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = twin(x)
         recorder.phase = "backward"
