@@ -38,11 +38,15 @@ def _log(session, name):
     return Path(session.args.out) / f"{name}.log"
 
 
+def _extensions():
+    return list((ROOT / "mnet_kernels").glob("_C*.so"))
+
+
 def build(session):
     """Compile the extension in place; the row tells what it holds, how long it took and how large it is."""
     log = _log(session, "build")
     # The module of an earlier build must not answer for this one.
-    for old in (ROOT / "mnet_kernels").glob("_C*.so"):
+    for old in _extensions():
         old.unlink()
     code, seconds = _run(session, [sys.executable, "setup.py", "build_ext", "--inplace"], log)
     key = {"part": "build"}
@@ -54,7 +58,7 @@ def build(session):
     program = "import json, mnet_kernels; print(json.dumps(mnet_kernels.build_info()))"
     told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     info = json.loads(told.stdout) if told.returncode == 0 else {"error": told.stderr.strip()[-500:]}
-    size = sum(path.stat().st_size for path in (ROOT / "mnet_kernels").glob("_C*.so"))
+    size = sum(path.stat().st_size for path in _extensions())
     built = info.get("extension", {})
     if not built.get("extension") or (session.device.type == "cuda" and not built.get("arch_list")):
         reason = built.get("reason") or info.get("error") or "the extension holds no CUDA kernels; was nvcc found?"

@@ -15,6 +15,7 @@ from torch.library import opcheck
 
 import mnet_kernels as mk
 from mnet_kernels import backends, schema
+from mnet_kernels.bench import timing
 
 CARD = torch.cuda.is_available() and torch.cuda.get_device_capability() >= backends.MIN_CAPABILITY
 NO_CARD = pytest.mark.skipif(not CARD, reason="no CUDA card of compute capability 8.0 or newer")
@@ -227,8 +228,6 @@ def test_block_in_a_graph(mode):
     whole = [backend for backend, m in block_modes() if m == mode]
     if not whole:
         pytest.skip(f"no whole backend has mode {mode}")
-    from mnet_kernels.bench.timing import capture
-
     for backend in whole:
         inputs = Inputs(Case(residual=True, n=4, c=16, e=48, h=14, w=14), torch.float32, "cuda")
         twin = Inputs(inputs.case, torch.float32, "cuda")
@@ -237,12 +236,15 @@ def test_block_in_a_graph(mode):
         result = {}
 
         def run(inputs=inputs, leaves=leaves, upstream=upstream, result=result, backend=backend):
+            result.clear()  # and with it the last call's autograd graph
             with mk.backend(backend, mode):
                 out = inputs.call()
-            result["grads"], result["out"] = torch.autograd.grad(out, leaves, upstream), out
+            result["grads"], result["out"] = torch.autograd.grad(out, leaves, upstream), out.detach()
 
-        run()
-        replay = capture(run, inputs.x.device)
+        torch.cuda.synchronize()
+        with timing.stream(inputs.x.device):
+            run()
+        replay = timing.capture(run, inputs.x.device)
         with torch.no_grad():
             for a, b in zip(inputs.leaves.values(), twin.leaves.values(), strict=True):
                 a.copy_(b)

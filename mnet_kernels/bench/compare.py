@@ -82,7 +82,7 @@ class Prepared:
         self.provider, self.error, self.calls, self.facts = provider, {}, {}, {}
         start = time.perf_counter()
         try:
-            with deadline(limit):
+            with deadline(limit), timing.stream(setting.device):
                 # The first call inside prepare may compile already: it counts.
                 self.workload = subject.prepare(provider, setting)
                 for direction in directions:
@@ -146,7 +146,8 @@ def measure(subject, prepared, setting, direction, launch="eager", **bounds):
             row["error"] = _error(exc)
     if not calls:
         return list(rows.values())
-    samples = timing.interleave(calls, setting.device, **bounds)
+    with timing.stream(setting.device):
+        samples = timing.interleave(calls, setting.device, **bounds)
     base, again = samples.get(providers.BASELINE), samples.get(providers.BASELINE + AGAIN)
     noise = statistics.noise_floor(base, again) if base and again else None
     for name, found in samples.items():

@@ -1,5 +1,6 @@
 """Time callables against each other: in rounds, each once a round, so that drift of the machine hits all alike."""
 
+import contextlib
 import gc
 import time
 
@@ -18,11 +19,26 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-class Clock:
-    """Milliseconds per call on one device."""
+_streams = {}
 
-    def __init__(self, device):
-        self.device = torch.device(device)
+
+def stream(device):
+    """The context in which everything measured on a card is prepared and run: one side stream of the device.
+
+    Graphs cannot be captured on the default stream.  On the CPU it does nothing.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return torch.cuda.stream(_streams[device])
+
+
+class Clock:
+    """Milliseconds per call on one device; ``now`` (nanoseconds) is the CPU's clock."""
+
+    def __init__(self, device, now=time.perf_counter_ns):
+        self.device, self.now = torch.device(device), now
         self._flush = None
         if self.device.type == "cuda":
             self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
@@ -31,10 +47,10 @@ class Clock:
     def sample(self, call, repeats=1):
         """One measurement: the mean of ``repeats`` calls in a row."""
         if self._flush is None:
-            start = time.perf_counter_ns()
+            start = self.now()
             for _ in range(repeats):
                 call()
-            return (time.perf_counter_ns() - start) * 1e-6 / repeats
+            return (self.now() - start) * 1e-6 / repeats
         start, end = self._events
         self._flush.zero_()
         start.record()
@@ -51,35 +67,27 @@ class Clock:
         return max(1, round(CPU_SAMPLE_SECONDS * 1e3 / max(self.sample(call), 1e-6)))
 
 
-def first_call(call, device):
-    """Run a callable for the first time; returns the seconds it took (compilation, library set-up)."""
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def interleave(calls, device, *, seconds=2.0, min_rounds=5, max_rounds=100, warmup=3):
+def interleave(calls, device, *, seconds=2.0, min_rounds=5, max_rounds=100, warmup=3, now=time.perf_counter_ns):
     """Time ``calls`` (name -> callable) in rounds; returns name -> list of milliseconds, one a round.
 
     A round times every callable once, forwards in even rounds and backwards in odd ones.  Rounds go on until
     ``seconds`` have passed (but at least ``min_rounds``) or ``max_rounds`` are done.
 
     Args:
-        calls: callables without arguments, already called once (see :func:`first_call`).
+        calls: callables without arguments, already called once: compilation and set-up are not timed.
         device: where they run.
         seconds: for the timed rounds.
         min_rounds, max_rounds: bounds on the rounds.
         warmup: untimed calls of each beforehand.
+        now: the CPU's clock.  ``time.thread_time_ns`` for work of this one thread, on a machine that others use too.
 
     Raises:
         ValueError: no callables, or bounds that leave no round.
     """
     if not calls or not 1 <= min_rounds <= max_rounds:
-        raise ValueError(
-            f"need callables and 1 <= min_rounds <= max_rounds, got {len(calls)}, {min_rounds}, {max_rounds}"
-        )
-    clock = Clock(device)
+        bounds = f"min_rounds {min_rounds}, max_rounds {max_rounds}"
+        raise ValueError(f"need callables and 1 <= min_rounds <= max_rounds, got {len(calls)} callables, {bounds}")
+    clock = Clock(device, now)
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -105,15 +113,14 @@ def interleave(calls, device, *, seconds=2.0, min_rounds=5, max_rounds=100, warm
 def capture(call, device):
     """Capture a callable into a CUDA graph; returns one that replays it.
 
-    The callable must read and write the same tensors in every call, and must have run before.
+    The callable must read and write the same tensors in every call, and must have run before; what it keeps of an
+    autograd graph must come from :func:`stream`, because backward runs on the stream of its forward.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with stream(device):
         for _ in range(3):
             call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+        synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+            call()
     return graph.replay
