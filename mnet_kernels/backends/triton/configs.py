@@ -48,8 +48,8 @@ _INTERPRETER = {
 }
 # Stride 1 and 2 share a row: the tiles are in columns of the output.
 _HALF_80 = {
-    ("pointwise", "narrow"): Config(128, 32, 64, 4, 3),
-    ("pointwise", "wide"): Config(128, 64, 64, 4, 3),
+    ("pointwise", "narrow"): Config(128, 32, 32, 4, 3),
+    ("pointwise", "wide"): Config(128, 64, 64, 8, 3),
     ("pointwise_dgrad", "narrow"): Config(128, 32, 32, 4, 3),
     ("pointwise_dgrad", "wide"): Config(64, 64, 32, 4, 3),
     ("pointwise_wgrad", "narrow"): Config(32, 32, 64, 4, 3),
@@ -75,7 +75,7 @@ TABLE = {
         (4, (0, 0)): _INTERPRETER,
         (2, (8, 0)): _HALF_80,
         (4, (8, 0)): _FLOAT_80,
-        (2, (9, 0)): _HALF_80 | {("pointwise", "wide"): Config(128, 64, 64, 4, 4)},
+        (2, (9, 0)): _HALF_80 | {("pointwise", "wide"): Config(128, 64, 64, 8, 4)},
         (4, (9, 0)): _FLOAT_80,
     }.items()
     for (kernel, shape), config in rows.items()
