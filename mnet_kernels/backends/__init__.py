@@ -7,17 +7,18 @@ native      plain torch ops with torch's own autograd                    any
 reference   the fused block's stages in plain torch (the oracle)         any
 cpu         the fused block's stages in C++                              CPU
 cuda        the fused block's stages in CUDA C++                         CUDA, capability >= 8.0
-triton      the fused block's stages in Triton                           CUDA
+triton      the fused block's stages in Triton (chain mode)              CUDA, capability >= 8.0
 ==========  ===========================================================  =======================
 """
 
 import torch
 
 from .. import schema
-from . import compiled
+from . import compiled, triton
 
 NAMES = ("native", "reference", "cpu", "triton", "cuda")
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type a backend is bound to
+# The device types a backend is bound to (the Triton interpreter takes CPU tensors too).
+DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": triton.DEVICES}
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 
@@ -42,7 +43,9 @@ def implemented(backend):
         return frozenset(schema.NAMES)
     if backend in ("cpu", "cuda"):
         return compiled.implemented(schema.NAMESPACES[backend])
-    return frozenset()  # triton: no stage is written yet
+    if backend == "triton":
+        return triton.implemented()
+    raise ValueError(f"backend {backend!r} has no stages, expected one of {', '.join(NAMES[1:])}")
 
 
 def missing_stages(backend, mode):
@@ -58,11 +61,12 @@ def whole(backend, mode):
 def why_unavailable(backend, device):
     """Why a fused backend cannot run on a device in this installation, and what to do; None if it can."""
     needed = DEVICES.get(backend)
-    if needed is not None and device.type != needed:
-        return f"it runs on {needed} tensors, and the input is on {device}: move the model and the input to {needed}"
+    if needed is not None and device.type not in needed:
+        where = " or ".join(needed)
+        return f"it runs on {where} tensors, and the input is on {device}: move the model and the input to {where}"
     if not implemented(backend):
         if backend == "triton":
-            return "this version of mnet-kernels has no Triton kernels yet: use 'native' or 'cuda'"
+            return triton.why_missing()
         built = compiled.info()
         why = built["reason"]
         if built["extension"]:
@@ -71,7 +75,9 @@ def why_unavailable(backend, device):
             f"{why}. To build it: pip install --no-build-isolation --force-reinstall --no-deps . (with a C++ compiler, "
             "and for CUDA with nvcc); mnet_kernels.build_info() tells what was built"
         )
-    if needed == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"its kernels need compute capability 8.0 or higher and {device} has {major}.{minor}: use 'native'"
+    if backend in ("cuda", "triton") and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            major, minor = capability
+            return f"its kernels need compute capability 8.0 or higher and {device} has {major}.{minor}: use 'native'"
     return None

@@ -10,7 +10,7 @@ import contextlib
 import torch
 
 from .. import schema
-from ..backends import implemented
+from ..backends import implemented, triton
 from . import reference
 
 # Kept alive: dropping a Library undefines its ops.
@@ -60,10 +60,11 @@ def count_stages():
 
 
 def setup():
-    """Define the ops in every namespace and register the reference; the package does this once, at import."""
+    """Define the ops in every namespace and register reference and Triton; the package does this once, at import."""
     for backend, namespace in schema.NAMESPACES.items():
         _LIBRARIES[backend] = schema.define(namespace)
     reference.register(_LIBRARIES["reference"])
+    triton.register(_LIBRARIES["triton"])
 
 
 _tables = {}
@@ -75,6 +76,6 @@ def stage(backend):
 
 
 def bind():
-    """Bind the tables, after the compiled and Triton kernels have registered themselves."""
+    """Bind the tables, after the compiled kernels have registered themselves."""
     for backend in schema.NAMESPACES:
         _tables[backend] = _Stages(backend)

@@ -1,0 +1,128 @@
+"""The tables between stages: moments to bn, sums to coef, running statistics.
+
+A kernel each although they are tiny: in torch ops ``finalize`` alone would be eight launches, and at small batches a
+network's time is its launches.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import FIXED, check_shape, device_of, table
+
+_BLOCK = 256
+
+
+@triton.jit(do_not_specialize=["eps", "count", "channels"])
+def finalize_kernel(
+    moments, gamma, beta, out, eps, count, channels, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """moments [2, C] -> bn [5, C]"""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = c < channels
+    mean = tl.load(moments + c, mask=valid, other=0.0)
+    var = tl.load(moments + channels + c, mask=valid, other=0.0)
+    # compiled graphs pass Python floats as float64
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + tl.cast(eps, tl.float32)))
+    scale = rstd
+    if HAS_GAMMA:
+        scale *= tl.load(gamma + c, mask=valid, other=0.0)
+    shift = -mean * scale
+    if HAS_BETA:
+        shift += tl.load(beta + c, mask=valid, other=0.0)
+    n = tl.cast(count, tl.float32)
+    unbiased = var * tl.div_rn(n, tl.cast(tl.maximum(count - 1, 1), tl.float32))
+    tl.store(out + c, scale, mask=valid)
+    tl.store(out + channels + c, shift, mask=valid)
+    tl.store(out + 2 * channels + c, mean, mask=valid)
+    tl.store(out + 3 * channels + c, rstd, mask=valid)
+    tl.store(out + 4 * channels + c, unbiased, mask=valid)
+
+
+@triton.jit(do_not_specialize=["count", "channels"])
+def finalize_backward_kernel(sums, bn, out, count, channels, BATCH_STATS: tl.constexpr, BLOCK: tl.constexpr):
+    """sums [2, C], bn [5, C] -> coef [4, C]"""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = c < channels
+    s = tl.load(sums + c, mask=valid, other=0.0)
+    sy = tl.load(sums + channels + c, mask=valid, other=0.0)
+    scale = tl.load(bn + c, mask=valid, other=0.0)
+    rstd = tl.load(bn + 3 * channels + c, mask=valid, other=0.0)
+    b, offset = s * 0.0, s * 0.0
+    if BATCH_STATS:
+        n = tl.cast(count, tl.float32)
+        b = -scale * rstd * rstd * sy / n
+        offset = -scale * s / n
+    tl.store(out + c, b, mask=valid)
+    tl.store(out + channels + c, offset, mask=valid)
+    tl.store(out + 2 * channels + c, rstd * sy, mask=valid)
+    tl.store(out + 3 * channels + c, s, mask=valid)
+
+
+@triton.jit(do_not_specialize=["momentum", "channels"])
+def update_running_stats_kernel(
+    running_mean, running_var, batches, mean, var, momentum, channels, AVERAGE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """running = (1 - m) running + m batch; AVERAGE: m = 1 / batches"""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = c < channels
+    m = 1.0 / tl.load(batches).to(tl.float32) if AVERAGE else tl.cast(momentum, tl.float32)
+    old = tl.load(running_mean + c, mask=valid, other=0.0).to(tl.float32)
+    new = (1.0 - m) * old + m * tl.load(mean + c, mask=valid, other=0.0)
+    tl.store(running_mean + c, new.to(running_mean.dtype.element_ty), mask=valid)
+    old = tl.load(running_var + c, mask=valid, other=0.0).to(tl.float32)
+    new = (1.0 - m) * old + m * tl.load(var + c, mask=valid, other=0.0)
+    tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=valid)
+
+
+def _grid(channels):
+    return (triton.cdiv(channels, _BLOCK),)
+
+
+def finalize(moments, gamma, beta, eps, count):
+    """Launches ``finalize_kernel``: bn."""
+    channels = moments.shape[-1]
+    moments = table("moments", moments, (2, channels), moments)
+    gamma, beta = table("gamma", gamma, (channels,), moments), table("beta", beta, (channels,), moments)
+    out = moments.new_empty((5, channels))
+    with device_of(moments):
+        finalize_kernel[_grid(channels)](
+            moments, gamma, beta, out, eps, count, channels,
+            HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, BLOCK=_BLOCK, num_warps=4, **FIXED,
+        )  # fmt: skip
+    return out
+
+
+def finalize_backward(sums, bn, count, batch_stats):
+    """Launches ``finalize_backward_kernel``: coef."""
+    channels = bn.shape[-1]
+    sums, bn = table("sums", sums, (2, channels), bn), table("bn", bn, (5, channels), bn)
+    out = sums.new_empty((4, channels))
+    with device_of(sums):
+        finalize_backward_kernel[_grid(channels)](
+            sums, bn, out, count, channels, BATCH_STATS=batch_stats, BLOCK=_BLOCK, num_warps=4, **FIXED
+        )
+    return out
+
+
+def update_running_stats(running_mean, running_var, num_batches_tracked, mean, var, momentum):
+    """Launches ``update_running_stats_kernel``, in place."""
+    channels = mean.shape[0]
+    mean, var = table("mean", mean, (channels,), mean), table("var", var, (channels,), mean)
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        check_shape(name, running, (channels,))
+        if not running.is_contiguous() or running.device != mean.device:
+            raise RuntimeError(
+                f"{name} has strides {running.stride()} on {running.device}; expected contiguous, {mean.device}"
+            )
+    if num_batches_tracked is not None:
+        # A torch op: within the kernel, other programs could read the count before or after it.
+        num_batches_tracked.add_(1)
+    elif momentum is None:
+        raise RuntimeError("momentum is None without num_batches_tracked; expected one of them")
+    with device_of(mean), torch.no_grad():
+        update_running_stats_kernel[_grid(channels)](
+            running_mean, running_var, num_batches_tracked, mean, var, 0.0 if momentum is None else momentum, channels,
+            AVERAGE=momentum is None, BLOCK=_BLOCK, num_warps=4, **FIXED,
+        )  # fmt: skip

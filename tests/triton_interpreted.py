@@ -1,0 +1,321 @@
+"""The Triton kernels in the interpreter: every stage against the reference, blocks against native.
+
+Not collected by itself: test_triton.py runs it in a process of its own, because TRITON_INTERPRET=1 must be set before
+triton is imported.  The table of configurations has small tiles for the interpreter, so that these sizes meet every
+border, several tiles a program and several programs.
+"""
+
+import itertools
+
+import pytest
+import torch
+from blocks import Case, Inputs, step, upstream_of
+from precision import Judge
+from triton import language as tl
+from triton.runtime import interpreter
+
+import mnet_kernels as mk
+from mnet_kernels import backends, schema
+from mnet_kernels.stages import reference
+
+assert backends.triton.INTERPRETED, "run with TRITON_INTERPRET=1"
+
+
+def patch_once():
+    """Let the interpreter patch triton.language once: it does so at every call of a device function, most of its time.
+
+    The process only interprets, so nothing needs to be put back.
+    """
+    patch, done = interpreter._patch_lang, set()
+
+    def patch_lang(fn):
+        languages = frozenset(id(v) for v in fn.__globals__.values() if v is tl or v is tl.core)
+        if languages not in done:
+            done.add(languages)
+            patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_lang
+
+
+if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
+    patch_once()
+
+TRITON, REFERENCE = torch.ops.mnet_triton, torch.ops.mnet_ref
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTS = range(len(schema.ACTIVATIONS))
+SIZES = {"n": 2, "c": 5, "e": 9, "h": 6, "w": 5}  # of the blocks
+DRAWS = 2
+
+
+def map_(dtype, *shape):
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def table(channels):
+    """bn [5, C] with values as they occur: scale around 1, shift and mean around 0."""
+    return torch.stack([torch.randn(channels) for _ in range(3)] + [torch.rand(channels) + 0.5] * 2)
+
+
+def coefficients(channels):
+    return 0.1 * torch.randn(4, channels)
+
+
+# n, c, e, h, w of the pointwise stages: tails of every kind, one position, one channel, several blocks
+POINTWISE = [(1, 1, 1, 1, 1), (3, 13, 17, 5, 9), (2, 35, 24, 3, 11)]
+# n, c, h, w, k, stride of the depthwise ones: several strips and columns, maps smaller than the kernel, even and odd
+DEPTHWISE = [(1, 1, 1, 1, 5, 2), (2, 3, 5, 6, 3, 1), (1, 9, 6, 5, 3, 2), (1, 3, 5, 6, 5, 1), (1, 5, 9, 7, 5, 2)]
+
+
+def pointwise_calls(dtype):
+    for n, c, e, h, w in POINTWISE:
+        weight, gate = (torch.randn(e, c, 1, 1) / c**0.5).to(dtype), torch.rand(n, c)
+        x = map_(dtype, n, c, h, w)
+        yield x, weight, None, 0, None, True
+        yield x, weight, table(c), 3, gate, False
+        for act in ACTS:
+            yield x, weight, table(c), act, gate if act == 2 else None, True
+
+
+def pointwise_backward_calls(dtype):
+    for n, c, e, h, w in POINTWISE:
+        weight, gate = (torch.randn(e, c, 1, 1) / c**0.5).to(dtype), torch.rand(n, c)
+        x, residual = map_(dtype, n, c, h, w), map_(dtype, n, c, h, w)
+        for y_act, act in zip(ACTS, reversed(ACTS), strict=True):
+            up = map_(dtype, n, e, h, w), map_(dtype, n, e, h, w), table(e), coefficients(e), y_act
+            yield *up, x, weight, table(c), act, gate if act % 2 else None, None, True, True, act < 2
+        yield *up, x, weight, None, 0, None, residual, True, True, True
+    yield *up, x, weight, table(c), 2, gate, None, True, False, True
+    yield *up, x, weight, table(c), 2, gate, None, False, True, False
+    yield *up, x, weight, table(c), 2, None, None, False, True, True
+    yield *up, x, weight, None, 0, None, None, True, False, False
+    yield *up, x, weight, None, 0, None, None, False, False, True
+
+
+def depthwise_calls(dtype):
+    for i, (n, c, h, w, k, stride) in enumerate(DEPTHWISE):
+        x, weight = map_(dtype, n, c, h, w), (torch.randn(c, 1, k, k) / k).to(dtype)
+        yield x, weight, table(c), i % 4, stride, True
+        yield x, weight, None, 0, stride, i % 2 == 0
+
+
+def depthwise_backward_calls(dtype):
+    for i, (n, c, h, w, k, stride) in enumerate(DEPTHWISE):
+        x, weight = map_(dtype, n, c, h, w), (torch.randn(c, 1, k, k) / k).to(dtype)
+        out = n, c, schema.depthwise_size(h, stride), schema.depthwise_size(w, stride)
+        gate, offset = torch.rand(n, c), torch.randn(n, c)
+        up = map_(dtype, *out), map_(dtype, *out), table(c), coefficients(c)
+        if i % 2:
+            yield *up, i, None, None, x, weight, table(c), (i + 2) % 4, stride, None, True, True
+            yield *up, 2, gate, offset, x, weight, None, 0, stride, map_(dtype, *x.shape), True, False
+        else:
+            yield *up, 3 - i % 4, gate, offset, x, weight, table(c), i % 4, stride, None, True, True
+            yield *up, 1, None, None, x, weight, None, 0, stride, None, False, True
+
+
+def normalize_calls(dtype):
+    for (n, c, _, h, w), act in itertools.product(POINTWISE, ACTS):
+        yield map_(dtype, n, c, h, w), table(c), act, map_(dtype, n, c, h, w) if act % 2 else None
+
+
+def normalize_backward_calls(dtype):
+    for (n, c, _, h, w), act in itertools.product(POINTWISE, ACTS):
+        yield map_(dtype, n, c, h, w), map_(dtype, n, c, h, w), table(c), act
+
+
+def squeeze_calls(dtype):
+    for (n, c, _, h, w), act in itertools.product(POINTWISE, ACTS):
+        yield map_(dtype, n, c, h, w), table(c), act
+
+
+def finalize_calls(dtype):
+    for c, count in ((1, 2), (300, 1000)):
+        moments = torch.stack([torch.randn(c), torch.rand(c)])
+        yield moments, torch.randn(c), torch.randn(c), 1e-3, count
+        yield moments, None, torch.randn(c), 1e-5, 1
+        yield moments, torch.randn(c), None, 1e-5, count
+
+
+def finalize_backward_calls(dtype):
+    for c, stats in itertools.product((1, 300), (True, False)):
+        yield torch.randn(2, c), table(c), 57, stats
+
+
+CALLS = {
+    name: globals()[f"{name}_calls"]
+    for name in schema.NAMES
+    if name in backends.implemented("triton") and name != "update_running_stats"
+}
+
+
+def double(args):
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+def tensors(result):
+    return [result] if isinstance(result, torch.Tensor) else result
+
+
+def torchs_sums(monkeypatch):
+    """Make the reference sum as torch does in its own dtype (it sums in float64): the measure of the pass rule."""
+    monkeypatch.setattr(reference, "_sum", lambda t: t.sum((0, 2, 3)))
+    monkeypatch.setattr(reference, "_outer_sum", lambda a, b: torch.einsum("nihw,njhw->ij", a, b))
+
+    def moments(y, wanted):
+        v = reference._acc(y)
+        return torch.stack([v.mean((0, 2, 3)), v.var((0, 2, 3), correction=0)]) if wanted else v.new_empty(0)
+
+    monkeypatch.setattr(reference, "_moments", moments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_stage(name, dtype, monkeypatch):
+    """Every call agrees with the reference but for rounding; over all calls the pass rule holds, against float64."""
+    if name.startswith("finalize") and dtype != torch.float32:
+        pytest.skip("tables are float32")
+    calls = list(CALLS[name](dtype))
+    ours, same, exact = (
+        [tensors(getattr(op, name)(*prepare(args))) for args in calls]
+        for op, prepare in ((TRITON, list), (REFERENCE, list), (REFERENCE, double))
+    )
+    torchs_sums(monkeypatch)
+    torchs = [tensors(getattr(reference, name)(*args)) for args in calls]
+    judge, limit = Judge(dtype), max(2 * torch.finfo(dtype).eps, 1e-5)
+    for i, results in enumerate(zip(ours, same, torchs, exact, strict=True)):
+        for k, (a, b, low, ref) in enumerate(zip(*results, strict=True)):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+            if b.numel():
+                distance = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
+                assert distance <= limit, f"call {i} result {k}: {distance:.1e} from the reference"
+                judge.add(f"result {k}", a, low, ref)
+    judge.verdict()
+
+
+def test_every_stage_of_chain_mode_is_here():
+    assert set(CALLS) | {"update_running_stats"} == backends.MODE_STAGES["chain"]
+    assert backends.whole("triton", "chain") and not backends.whole("triton", "algebraic")
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_running_stats(momentum):
+    for c in (1, 300):
+        args = torch.randn(c), torch.rand(c), torch.tensor(3), torch.randn(c), torch.rand(c)
+        ours, ref = [a.clone() for a in args], [a.clone() for a in args]
+        TRITON.update_running_stats(*ours, momentum)
+        REFERENCE.update_running_stats(*ref, momentum)
+        for a, b in zip(ours, ref, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moments_of_constant_and_distant_channels(dtype):
+    """A constant channel has variance exactly 0; mean/std = 300 costs no digits."""
+    x = torch.randn(4, 3, 9, 11)
+    x[:, 1] += 300
+    x[:, 2] = 7.3
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    identity = torch.zeros(3, 1, 3, 3, dtype=dtype)
+    identity[:, :, 1, 1] = 1
+    for y, moments in (
+        TRITON.pointwise(x, torch.eye(3, dtype=dtype).view(3, 3, 1, 1), None, 0, None, True),
+        TRITON.depthwise(x, identity, None, 0, 1, True),
+    ):
+        assert torch.equal(y, x)
+        assert moments[0, 2] == x[0, 2, 0, 0] and moments[1, 2] == 0
+        want = torch.stack([y.double().mean((0, 2, 3)), y.double().var((0, 2, 3), correction=0)])
+        torch.testing.assert_close(moments.double(), want, rtol=1e-5, atol=1e-7)
+
+
+def same_pattern(ours, ref):
+    return all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(tensors(ours), tensors(ref), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("act", ACTS)
+def test_what_is_not_finite_goes_where_it_goes_in_the_reference(act, value):
+    n, c, e, h, w = 2, 5, 19, 6, 7
+    x, weight, bn = map_(torch.float32, n, c, h, w), torch.randn(e, c, 1, 1), table(c)
+    x[1, 3, 2, 4] = value
+    args = x, weight, bn, act, None, True
+    assert same_pattern(TRITON.pointwise(*args), REFERENCE.pointwise(*args))
+    args = x, torch.randn(c, 1, 3, 3), bn, act, 1, True
+    assert same_pattern(TRITON.depthwise(*args), REFERENCE.depthwise(*args))
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_kinks(act):
+    """Exactly at a kink the derivative is torch's."""
+    y = torch.tensor([-3.0, 0.0, 3.0, 6.0, -1.0, 1.0, 7.0]).view(1, 1, 1, 7)
+    bn = torch.tensor([1.0, 0, 0, 1, 1]).view(5, 1)
+    args = torch.ones_like(y), y, bn, act
+    assert torch.equal(TRITON.normalize_backward(*args), REFERENCE.normalize_backward(*args))
+
+
+def test_empty_batch():
+    x, weight = map_(torch.float32, 0, 5, 4, 4), torch.randn(9, 5, 1, 1)
+    y, moments = TRITON.pointwise(x, weight, table(5), 2, None, True)
+    assert y.shape == (0, 9, 4, 4) and torch.equal(moments, torch.zeros(2, 9))
+    y, moments = TRITON.depthwise(x, torch.randn(5, 1, 3, 3), table(5), 2, 2, True)
+    assert y.shape == (0, 5, 2, 2) and torch.equal(moments, torch.zeros(2, 5))
+    up = map_(torch.float32, 0, 9, 4, 4), map_(torch.float32, 0, 9, 4, 4), table(9), coefficients(9), 2
+    gx, sums, dw = TRITON.pointwise_backward(*up, x, weight, table(5), 2, None, None, True, True, True)
+    assert gx.shape == x.shape and torch.equal(sums, torch.zeros(2, 5)) and torch.equal(dw, torch.zeros(9, 5, 1, 1))
+
+
+def test_the_same_bits_every_time():
+    args = map_(torch.bfloat16, 3, 20, 9, 11), torch.randn(24, 20, 1, 1).bfloat16(), table(20), 3, None, True
+    assert all(map(torch.equal, TRITON.pointwise(*args), TRITON.pointwise(*args)))
+
+
+BAD = {
+    "channels_last memory": lambda x, w, bn, g: (x.contiguous(), w, bn, 0, None, True),
+    "expected float32, bfloat16 or float16": lambda x, w, bn, g: (x.double(), w.double(), None, 0, None, True),
+    r"expected \[E, 6, 1, 1\]": lambda x, w, bn, g: (x, w[:, :5], bn, 0, None, True),
+    "cast it": lambda x, w, bn, g: (x, w.bfloat16(), bn, 0, None, True),
+    r"bn has shape \[5, 5\]": lambda x, w, bn, g: (x, w, bn[:, :5].contiguous(), 0, None, True),
+    "without bn": lambda x, w, bn, g: (x, w, None, 2, None, True),
+    "an index from 0 to 3": lambda x, w, bn, g: (x, w, bn, 4, None, True),
+    r"gate has shape \[1, 6\]": lambda x, w, bn, g: (x, w, bn, 0, g[:1], True),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused(message):
+    operands = map_(torch.float32, 2, 6, 5, 4), torch.randn(9, 6, 1, 1), table(6), torch.rand(2, 6)
+    with pytest.raises(RuntimeError, match=message):
+        TRITON.pointwise(*BAD[message](*operands))
+
+
+BLOCKS = [
+    Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", **SIZES),
+    Case("pointwise_conv_bn_act", **SIZES),
+    Case("separable_conv", stride=2, activation="relu", **SIZES),
+    Case(residual=True, **SIZES),
+    Case(stride=2, kernel=5, excite=True, activation="hardswish", **SIZES),
+    Case(residual=True, expand=False, excite=True, activation="relu", **SIZES),
+]
+
+
+def test_blocks():
+    """Output, gradients and running statistics: each case close to the reference, all together by the pass rule."""
+    judge = Judge(torch.float32)
+    for case in BLOCKS * DRAWS:
+        low, exact = Inputs(case, torch.float32), Inputs(case)
+        with torch.no_grad():
+            for a, b in zip(exact.leaves.values(), low.leaves.values(), strict=True):
+                a.copy_(b)
+            for a, b in zip(exact.bns, low.bns, strict=True):
+                a.load_state_dict(b.state_dict())
+        with mk.backend("native"):
+            upstream = upstream_of(low.call())
+        with mk.count_stages() as counts:
+            ours = step(low, "triton", "chain", upstream=upstream)
+        assert counts and {label.split("::")[0] for label in counts} == {"mnet_triton"}
+        same = step(low, "reference", "chain", upstream=upstream)
+        torchs, want = (step(i, "native", upstream=upstream) for i in (low, exact))
+        for name, ref in want.items():
+            distance = (ours[name].double() - same[name].double()).norm() / same[name].double().norm().clamp(min=1e-30)
+            assert distance <= 1e-4, f"{case} {name}: {distance:.1e} from the reference"
+            judge.add(name.rstrip("0123456789"), ours[name], torchs[name], ref)
+    judge.verdict()
