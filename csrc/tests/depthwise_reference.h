@@ -176,8 +176,10 @@ struct Problem {
 
   // Checks y and the moments; prints what is wrong.  `run`: how many values the kernel sums one after the other in
   // float32, shifted by one of them: the partial sums grow to `run` times the shift's distance from the mean, so their
-  // rounding errors, divided by `run`, come to sqrt(run) / 3 times unit32 times that distance; six times that is allowed.  `fused`: scale*x + shift is one multiply-add; otherwise it errs by the rounding of its terms, and
-  // the activated value may have been rounded to its other neighbour.
+  // rounding errors, divided by `run`, come to sqrt(run) / 3 times unit32 times that distance; six times that is
+  // allowed.  `fused`: scale*x + shift is one multiply-add; otherwise it errs by the rounding of its terms, and the
+  // activated value may have been rounded to its other neighbour.  h-swish has a multiply-add of its own, which this
+  // program may not fuse as the kernel does.
   bool check(const std::string& label, int run, bool fused = true) {
     const double unit = std::ldexp(1.0, -significant_bits(dtype)), unit32 = std::ldexp(1.0, -24);
     const double smallest_normal = std::ldexp(1.0, dtype == Dtype::kFloat16 ? -14 : -126);
@@ -205,6 +207,7 @@ struct Problem {
               const double w = weight.get(at(c, tap)), term = activated(index, c) * w;
               want += term;
               magnitude += std::fabs(term);
+              if (params.act == Activation::kHardswish) unfused += std::fabs(w) * 8 * unit32 + 2 * unit * std::fabs(term);
               if (!fused) unfused += std::fabs(w) * 3 * unit32 * prologue_magnitude(index, c) + 2 * unit * std::fabs(term);
             }
             const double got = y.get(((n * oh_size + oh) * ow_size + ow) * shape.c + c);
