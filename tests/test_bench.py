@@ -516,7 +516,7 @@ def test_results(scripts, tmp_path):
 def program(*command, **env):
     root = str(BENCH.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    # Under pytest-xdist a pytest started here would take itself for a worker, and pytest-benchmark would measure nothing.
+    # Under pytest-xdist a pytest started here would take itself for a worker, and benchmarks would not be measured.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     env = dict(inherited, PYTHONPATH=path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="", **env)
     return subprocess.run([str(c) for c in command], cwd=root, env=env, capture_output=True, text=True, timeout=300)
