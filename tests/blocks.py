@@ -160,6 +160,6 @@ CASES = [
 def fused_modes(case, compiled=False, device="cpu"):
     """The fused (backend, mode) pairs that differ for a case; ``compiled``: every whole one of the device too (those
     have no float64)."""
-    own = [name for name, where in backends.DEVICES.items() if compiled and where == device]
+    own = [name for name, where in backends.DEVICES.items() if compiled and where[0] == device]
     pairs = FUSED + tuple((name, mode) for name in own for mode in backends.MODE_STAGES if backends.whole(name, mode))
     return [(b, mode) for b, mode in pairs if mode == "chain" or (case.op == "inverted_residual" and case.expand)]

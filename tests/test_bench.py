@@ -168,7 +168,7 @@ def test_stage_work_is_counted():
     assert backward.bytes(setting) == 3 * 2 * 2 * (96 + 24) * 56 * 56
 
 
-@pytest.mark.parametrize("subject", stage_subjects.stages(["v2"], **SMALL), ids=lambda s: s.name)
+@pytest.mark.parametrize("subject", stage_subjects.stages(["v3-small"], **SMALL), ids=lambda s: s.name)
 def test_native_layers_compute_what_the_stages_do(subject):
     """Forward stages draw the same tensors: the outputs must agree.  Backward ones must run both ways."""
     if subject.backward:

@@ -20,6 +20,7 @@ from mnet_kernels.bench import timing
 CARD = torch.cuda.is_available() and torch.cuda.get_device_capability() >= backends.MIN_CAPABILITY
 NO_CARD = pytest.mark.skipif(not CARD, reason="no CUDA card of compute capability 8.0 or newer")
 ON_CARD = (pytest.mark.gpu, NO_CARD)
+HOME = {name: devices[0] for name, devices in backends.DEVICES.items()}  # backend -> the device type it is meant for
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_CARD)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DRAWS = 7
@@ -38,7 +39,7 @@ def compiled_stages():
     """(backend, stage) of every kernel in this installation, as parameters; those of a card marked as such."""
     return [
         pytest.param(name, stage, marks=ON_CARD if device == "cuda" else (), id=f"{name}-{stage}")
-        for name, device in backends.DEVICES.items()
+        for name, device in HOME.items()
         for stage in schema.NAMES
         if stage in backends.implemented(name)
     ]
@@ -85,7 +86,7 @@ def call(namespace, stage, args):
 
 def judge_stage(backend, stage, size, dtype):
     """The pass rule for every result of a stage, over its optional arguments."""
-    device = backends.DEVICES[backend]
+    device = HOME[backend]
     verdict = Judge(dtype)
     for _ in range(DRAWS):
         for i, args in enumerate(sample(dtype=dtype, **size)[stage]):
@@ -122,14 +123,14 @@ def test_opcheck(backend, stage):
         pytest.skip("a triton_op is inlined under tracing; its compile tests stand elsewhere")
     op = getattr(getattr(torch.ops, schema.NAMESPACES[backend]), stage).default
     for args in sample()[stage]:
-        opcheck(op, converted(args, backends.DEVICES[backend]), test_utils=UTILS)
+        opcheck(op, converted(args, HOME[backend]), test_utils=UTILS)
 
 
 @pytest.mark.parametrize(("backend", "stage"), STAGES)
 def test_repeats_bit_for_bit(backend, stage):
     """A result that moves between runs on the same inputs is a race."""
     for args in sample(dtype=torch.bfloat16, **SIZES["tiles"])[stage]:
-        device = backends.DEVICES[backend]
+        device = HOME[backend]
         first = call(schema.NAMESPACES[backend], stage, converted(args, device))
         for _ in range(5):
             again = call(schema.NAMESPACES[backend], stage, converted(args, device))
@@ -175,7 +176,7 @@ def test_block_runs_its_own_stages(device):
 @pytest.mark.parametrize(("backend", "stage"), STAGES)
 def test_stage_on_a_side_stream(backend, stage):
     """The kernels wait for what was enqueued on the current stream before them: the inputs arrive there late."""
-    if backends.DEVICES[backend] != "cuda":
+    if HOME[backend] != "cuda":
         pytest.skip("a stage of the CPU")
     for args in sample(**SIZES["even"])[stage]:
         source = converted(args, "cuda")
@@ -198,7 +199,7 @@ def test_stage_on_a_side_stream(backend, stage):
 @pytest.mark.parametrize(("backend", "stage"), STAGES)
 def test_stage_in_a_graph(backend, stage):
     """Captured once, replayed on other values."""
-    if backends.DEVICES[backend] != "cuda":
+    if HOME[backend] != "cuda":
         pytest.skip("a stage of the CPU")
     if stage == "update_running_stats":
         pytest.skip("it changes its inputs; test_block_in_a_graph has it")
@@ -267,7 +268,7 @@ def test_block_in_a_graph(mode):
 @pytest.mark.parametrize(("backend", "stage"), STAGES)
 def test_stage_on_another_device(backend, stage):
     """The current device is not the input's: the kernel must run on the input's."""
-    if backends.DEVICES[backend] != "cuda":
+    if HOME[backend] != "cuda":
         pytest.skip("a stage of the CPU")
     if torch.cuda.device_count() < 2:
         pytest.skip("one card only")
