@@ -283,7 +283,7 @@ class Broken(Block):
         return super().prepare(provider, setting)
 
 
-@pytest.mark.parametrize("broken", [{"nchw"}, {"eager"}, {"eager", "nchw"}], ids=str)
+@pytest.mark.parametrize("broken", [("nchw",), ("eager",), ("eager", "nchw")], ids="+".join)
 def test_a_failure_does_not_stop_the_others(broken):
     block = small_block()
     subject = Broken(block.name, block.module, block.shape)
