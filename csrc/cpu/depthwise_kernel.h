@@ -30,6 +30,9 @@ struct DepthwiseTraits {
   static constexpr int kInColumns = (kColumns - 1) * kStride_ + kKernel_;
   static constexpr int kBlock = 4;      // output columns computed together, in registers
   static constexpr int kRunLength = 32;  // positions summed in float32, with one shift (moments.h)
+  // The rounding errors of many runs average out, those of few do not, and the first shift is but one of the values.
+  static constexpr int kShortRun = 8;
+  static constexpr int kFewPositions = 256;
 
   static_assert(kKernel == 3 || kKernel == 5, "supported kernels");
   static_assert(kStride == 1 || kStride == 2, "supported strides");
@@ -198,7 +201,7 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
       const int64_t top = oh * Traits::kStride - Traits::kPad;
       if (row == unit.row_begin || MNET_PLANT(5, oh == 0, false)) loaded = top;
       const auto slot = [&](int64_t ih) { return static_cast<int>((ih + kKernel) % kKernel); };  // ih >= -kPad
-      if (run + columns > Traits::kRunLength) flush();
+      if (run + columns > (flushed < Traits::kFewPositions ? Traits::kShortRun : Traits::kRunLength)) flush();
       for (int g = 0; g < num_groups; ++g) {
         Lanes& lanes = groups[g];
         const bool partial = lanes.valid < kLanes;

@@ -14,6 +14,7 @@ namespace mnet::cpu::MNET_CPU_NAMESPACE {
 
 constexpr int kPanel = 2 * kLanes;
 constexpr int kDepth = 4096 / kPanel;
+constexpr int kShortDepth = 64;
 #if MNET_CPU_LANES == 16
 constexpr int kRowBlock = 14;  // 28 of 32 registers
 #elif defined(MNET_CPU_F16C) || defined(__aarch64__)
@@ -115,7 +116,13 @@ void multiply_panel(const float* a, int64_t lda, const float* b, int depth, int 
                     bool accumulate, Ahead& ahead) {
   const auto multiply = columns > kLanes ? multiply_rows<kRowBlock, 2, kTransposed>
                                          : multiply_rows<2 * kRowBlock, 1, kTransposed>;
-  multiply(a, lda, b, depth, rows, c, accumulate, ahead);
+  // One float32 sum over many positions would lose more than a library's, which sums by blocks.
+  const int step = kTransposed ? kShortDepth : depth;
+  for (int k = 0; k < depth; k += step) {
+    const int64_t skipped = k;
+    multiply(a + skipped * (kTransposed ? lda : 1), lda, b + skipped * kPanel, least(step, depth - k), rows, c,
+             accumulate || k > 0, ahead);
+  }
 }
 
 // A product over a long depth, in steps that keep B's part of the panel in the first-level cache.

@@ -5,9 +5,11 @@ fail to import, or crash later, so ``_build.json``, written beside it by setup.p
 *before* the import.  Without the extension, whatever the reason, the package runs on its other backends.
 """
 
-import importlib
+import importlib.machinery
+import importlib.util
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -76,6 +78,18 @@ def _warn(what):
     warnings.warn(f"mnet_kernels: the compiled extension {what}. Rebuild it with: {_REBUILD}", stacklevel=2)
 
 
+def _import_beside():
+    """Imports the library that lies beside the manifest, never one of another copy that an import hook would find."""
+    name = f"{_PACKAGE}._C"
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(_FOLDER)])
+    if spec is None:
+        raise ImportError(f"No module named {name!r} in {_FOLDER}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
 def load():
     """Imports the extension if there is one for this torch.  Called once the schemas of its namespaces are defined."""
     global _extension, _reason, _attempted
@@ -86,7 +100,7 @@ def load():
     if _reason is not None:
         return
     try:
-        _extension = importlib.import_module(f"{_PACKAGE}._C")
+        _extension = _import_beside()
     except ImportError as error:
         _reason = f"it failed to import: {error}"
         _warn(_reason)
