@@ -49,24 +49,26 @@ _INTERPRETER = {
 # Stride 1 and 2 share a row: the tiles are in columns of the output.
 _HALF_80 = {
     ("pointwise", "narrow"): Config(128, 32, 32, 4, 3),
-    ("pointwise", "wide"): Config(128, 64, 64, 8, 3),
-    ("pointwise_dgrad", "narrow"): Config(128, 32, 32, 4, 3),
+    ("pointwise", "wide"): Config(128, 64, 32, 8, 3),
+    ("pointwise_dgrad", "narrow"): Config(128, 32, 32, 8, 3),
     ("pointwise_dgrad", "wide"): Config(64, 64, 32, 4, 3),
     ("pointwise_wgrad", "narrow"): Config(32, 32, 64, 4, 3),
-    ("pointwise_wgrad", "wide"): Config(64, 64, 64, 4, 3),
-    ("depthwise", "k3"): Config(16, 64, 0, 8, 1),
-    ("depthwise", "k5"): Config(8, 64, 0, 8, 1),
+    ("pointwise_wgrad", "wide"): Config(64, 64, 64, 8, 3),
+    ("depthwise", "k3"): Config(8, 64, 0, 8, 1),
+    ("depthwise", "k5"): Config(8, 32, 0, 4, 1),
     ("depthwise_backward", "k3"): Config(8, 64, 0, 8, 1),
     ("depthwise_backward", "k5"): Config(8, 32, 0, 4, 1),
     ("elementwise", "any"): Config(16, 64, 0, 4, 1),
 }
 _FLOAT_80 = _HALF_80 | {
     ("pointwise", "narrow"): Config(64, 32, 32, 4, 3),
-    ("pointwise", "wide"): Config(64, 64, 32, 4, 3),
-    ("pointwise_dgrad", "narrow"): Config(64, 32, 32, 4, 2),
+    ("pointwise", "wide"): Config(32, 64, 32, 4, 3),
+    ("pointwise_dgrad", "narrow"): Config(64, 32, 32, 8, 2),
     ("pointwise_dgrad", "wide"): Config(64, 64, 16, 4, 2),
     ("pointwise_wgrad", "narrow"): Config(32, 32, 32, 4, 2),
-    ("pointwise_wgrad", "wide"): Config(64, 64, 32, 4, 2),
+    ("pointwise_wgrad", "wide"): Config(64, 64, 32, 8, 2),
+    ("depthwise", "k3"): Config(16, 64, 0, 8, 1),
+    ("depthwise", "k5"): Config(8, 64, 0, 8, 1),
 }
 TABLE = {
     (kernel, shape, size, capability): config
@@ -75,7 +77,7 @@ TABLE = {
         (4, (0, 0)): _INTERPRETER,
         (2, (8, 0)): _HALF_80,
         (4, (8, 0)): _FLOAT_80,
-        (2, (9, 0)): _HALF_80 | {("pointwise", "wide"): Config(128, 64, 64, 8, 4)},
+        (2, (9, 0)): _HALF_80 | {("pointwise", "wide"): Config(128, 64, 32, 8, 4)},
         (4, (9, 0)): _FLOAT_80,
     }.items()
     for (kernel, shape), config in rows.items()
