@@ -69,8 +69,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def build_parser():
     """The command line."""
     from .models import MODELS
+    from .training.config import AMP_DTYPES
     from .training.data import DATASETS
-    from .training.engine import AMP_DTYPES
 
     parser = _Parser(
         prog="python -m mnet_kernels.train", usage="%(prog)s [options]", description=DESCRIPTION, epilog=EPILOG,
@@ -124,7 +124,7 @@ def build_parser():
 
 
 def _config(args):
-    from .training.engine import Config, implementation
+    from .training.config import Config, implementation
 
     device = args.device
     if device == "auto":
@@ -136,7 +136,7 @@ def _config(args):
 
 
 def _run(args, argv):
-    from .training import compare, engine
+    from .training import compare, run
     from .training.progress import Progress
 
     if args.resume and args.overwrite:
@@ -158,7 +158,7 @@ def _run(args, argv):
             return 130
     progress = Progress(enabled=not args.no_progress)
     try:
-        summary = engine.run(config, args.out, progress, resume=args.resume, overwrite=args.overwrite)
+        summary = run.run(config, args.out, progress, resume=args.resume, overwrite=args.overwrite)
     except KeyboardInterrupt:
         if not (Path(args.out) / "last.pt").exists():
             print("\ninterrupted before the first epoch was finished: nothing was saved", file=sys.stderr)

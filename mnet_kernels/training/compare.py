@@ -13,7 +13,7 @@ from mnet_kernels import choice
 
 from . import TrainingError, metrics
 from .checkpoint import write_atomic
-from .engine import AMP_DTYPES, implementation
+from .config import AMP_DTYPES, implementation
 
 # What a child's command line takes from the configuration; device is resolved already, implementation follows.
 NOT_OPTIONS = ("implementation", "limit_train", "channels_last")

@@ -1,79 +1,18 @@
-"""The training run: model, optimiser, schedule, epochs, resuming, and the files that it writes."""
+"""Training and evaluating epoch by epoch: one run in memory."""
 
 import dataclasses
-import math
 import random
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import mnet_kernels
-from mnet_kernels import choice
-from mnet_kernels.models import MODELS
+from . import TrainingError, data
+from .config import AMP_DTYPES, build_model
+from .optim import learning_rate
 
-from . import TrainingError, checkpoint, data, metrics
-
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Looking at the loss makes a graphics card wait, so there it is done every so many steps (each step on the CPU).
 CUDA_CHECK_STEPS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that decides the course of a run: two runs with equal configurations are the same run."""
-
-    model: str
-    data: str
-    width: float
-    stem_stride: int
-    res: int
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    label_smoothing: float
-    clip_grad: float
-    warmup_epochs: float
-    seed: int
-    amp: str
-    channels_last: bool
-    backend: str
-    mode: str
-    limit_train: int | None
-    device: str  # cpu or cuda
-    implementation: str  # what backend and mode came to here: native, or backend/mode
-
-
-def build_model(name, num_classes, width, stem_stride=2):
-    """A model of :data:`~mnet_kernels.models.MODELS` with fresh weights from torch's global generator."""
-    return MODELS[name](num_classes=num_classes, width_mult=width, stem_stride=stem_stride)
-
-
-def implementation(backend, mode, device, amp):
-    """What a choice of backend and mode (``auto``: left to the environment and the package) comes to, in words."""
-    with use_backend(backend, mode):
-        try:
-            found = choice.choose(torch.device(device), AMP_DTYPES[amp] or torch.float32, expands=True)
-        except choice.BackendUnavailableError as exc:
-            raise TrainingError(str(exc)) from exc
-    return found.backend if found.mode is None else f"{found.backend}/{found.mode}"
-
-
-def use_backend(backend, mode):
-    """The context of a choice on the command line, where ``auto`` does not overrule MNET_BACKEND and MNET_MODE."""
-    return mnet_kernels.backend(*(None if name == "auto" else name for name in (backend, mode)))
-
-
-def learning_rate(config, step, steps_per_epoch):
-    """Linear warm-up, then a half cosine down to 0; ``step`` counts from 0 over the whole run."""
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch - 1)
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    done = (step - warmup) / (config.epochs * steps_per_epoch - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Trainer:
@@ -232,108 +171,3 @@ class Trainer:
         self.generator.set_state(rng["data"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"], self.device)
-
-
-def _resume(trainer, path):
-    state = checkpoint.load(path)
-    checkpoint.check_config(path, state["config"], dataclasses.asdict(trainer.config))
-    try:
-        trainer.restore(state)
-    except (RuntimeError, ValueError, KeyError, TypeError) as exc:
-        reason = str(exc).partition("\n")[0]
-        raise TrainingError(f"{path} does not fit this version of the program: {reason}") from exc
-
-
-def _claim(out, overwrite):
-    """Make the directory ready for a new run; an unfinished run in it is kept unless ``overwrite`` says otherwise."""
-    last = out / "last.pt"
-    if last.exists() and not overwrite:
-        state = checkpoint.load(last)
-        if state["epoch"] < state["config"]["epochs"]:
-            raise TrainingError(
-                f"{out} holds an unfinished run (epoch {state['epoch']} of {state['config']['epochs']}): go on with "
-                "--resume, replace it with --overwrite, or choose another --out"
-            )
-    for name in ("last.pt", "best.pt", "metrics.jsonl", "curves.png"):
-        (out / name).unlink(missing_ok=True)
-
-
-def _summary(trainer, memory_at_start):
-    history = trainer.history
-    final, best = history[-1], trainer.best()
-    return {
-        "event": "summary",
-        "epochs": trainer.epoch,
-        "test_accuracy": final["test_accuracy"],
-        "test_loss": final["test_loss"],
-        "best_test_accuracy": best["test_accuracy"],
-        "best_epoch": best["epoch"],
-        "images_per_s": metrics.typical_rate(history),
-        "seconds": sum(r["train_seconds"] + r["test_seconds"] for r in history),
-        "peak_memory_bytes": metrics.peak_memory(trainer.device),
-        "start_memory_bytes": memory_at_start,
-    }
-
-
-def run(config, out, progress, resume=False, overwrite=False):
-    """Train as ``config`` says, write into the directory ``out``, and return the summary record."""
-    out = Path(out)
-    dataset = data.load(config.data, config.limit_train)
-    if config.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with use_backend(config.backend, config.mode):
-        trainer = Trainer(config, dataset)
-        try:
-            if resume:
-                _resume(trainer, out / "last.pt")
-            else:
-                out.mkdir(parents=True, exist_ok=True)
-                _claim(out, overwrite)
-        except OSError as exc:
-            raise TrainingError(f"cannot use {out} for the results: {exc.strerror or exc}") from exc
-        return _train(trainer, out, progress)
-
-
-def _train(trainer, out, progress):
-    config = trainer.config
-    header = {
-        "event": "header",
-        "config": dataclasses.asdict(config),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "train_images": len(trainer.batches.data.train_labels),
-        "test_images": len(trainer.batches.data.test_labels),
-        "split": trainer.batches.data.split,
-        "device": metrics.device_name(trainer.device),
-        "build_info": mnet_kernels.build_info(),
-        **metrics.environment(),
-    }
-    progress.line(
-        f"training {config.model} (width {config.width:g}, {header['parameters'] / 1e6:.2f} M parameters) on "
-        f"{config.data} ({header['train_images']} images, {header['test_images']} test) at {config.res} px, "
-        f"{config.device}, {config.implementation}, amp {config.amp}, seed {config.seed}"
-    )
-    records = [header, *trainer.history]
-    if trainer.epoch:
-        records.append({"event": "resume", "epoch": trainer.epoch})
-        progress.line(f"resumed after epoch {trainer.epoch} of {config.epochs}")
-    log = metrics.MetricsFile(out / "metrics.jsonl", records)
-    memory_at_start = metrics.peak_memory(trainer.device)
-    while trainer.epoch < config.epochs:
-        record = trainer.run_epoch(progress)
-        # The best weights first: an interrupt between the two files then costs nothing, as the epoch is done again.
-        if trainer.best() is record:
-            best = {"model": trainer.model.state_dict(), "epoch": trainer.epoch, "config": dataclasses.asdict(config)}
-            checkpoint.save(out / "best.pt", {**best, "test_accuracy": record["test_accuracy"]})
-        checkpoint.save(out / "last.pt", trainer.state())
-        log.append(record)
-        progress.line(
-            f"epoch {trainer.epoch:3d}/{config.epochs}  loss {record['train_loss']:.4f}  "
-            f"test accuracy {100 * record['test_accuracy']:6.2f} %  {record['images_per_s']:7.1f} images/s"
-        )
-    summary = _summary(trainer, memory_at_start)
-    log.append(summary)
-    title = f"MobileNet {config.model}, {config.data}, {config.res} px, width {config.width:g}"
-    problem = metrics.plot(out / "curves.png", trainer.history, title)
-    if problem:
-        progress.line(problem)
-    return summary
