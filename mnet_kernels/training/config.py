@@ -24,20 +24,31 @@ class Config:
     res: int
     epochs: int
     batch_size: int
+    optimizer: str
     lr: float
+    schedule: str
+    lr_step: float  # epochs
+    lr_gamma: float
     momentum: float
     weight_decay: float
     label_smoothing: float
+    mixup: float
+    cutmix: float
+    random_erase: float
+    ema: float  # decay; 0 is none
+    accumulate: int
     clip_grad: float
     warmup_epochs: float
     seed: int
     amp: str
     channels_last: bool
+    compile: str  # off, or a backend of torch.compile
     backend: str
     mode: str
     limit_train: int | None
     device: str  # cpu or cuda
     implementation: str  # what backend and mode came to here: native, or backend/mode
+    processes: int  # 1, or as torchrun started them
 
 
 def build_model(name, num_classes, width, stem_stride=2):
