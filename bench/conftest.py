@@ -5,7 +5,8 @@ import torch
 
 from mnet_kernels.bench import BenchError, compare, environment, providers, stage_subjects, timing
 from mnet_kernels.bench.subjects import Setting
-from mnet_kernels.training.engine import AMP_DTYPES, MODELS
+from mnet_kernels.models import MODELS
+from mnet_kernels.training.config import AMP_DTYPES
 
 
 def pytest_addoption(parser):

@@ -12,7 +12,7 @@ import torch
 from session import NO_GPU, Session
 
 from mnet_kernels.bench import BenchError
-from mnet_kernels.training.engine import MODELS
+from mnet_kernels.models import MODELS
 
 PHASES = {
     "build": commands.build,

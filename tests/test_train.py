@@ -12,52 +12,15 @@ import sys
 
 import pytest
 import torch
+from train_runs import SMALL, TIMINGS, break_batches, history, interrupt, last, make_config, run, same
 
 pytest.importorskip("sklearn")
 
 from mnet_kernels import train
 from mnet_kernels.models import MODELS
-from mnet_kernels.training import TrainingError, checkpoint, compare, data, engine, metrics
+from mnet_kernels.training import TrainingError, checkpoint, compare, data, engine, metrics, optim
+from mnet_kernels.training.config import Config, build_model
 from mnet_kernels.training.progress import Progress
-
-# Small enough for one to two seconds a run: 3 steps an epoch.
-SMALL = ["--width", "0.1", "--res", "32", "--limit-train", "96", "--batch-size", "32", "--device", "cpu"]
-TIMINGS = {"train_seconds", "test_seconds", "images_per_s"}
-
-
-def run(out, *options, epochs=2):
-    return train.main([*SMALL, "--epochs", str(epochs), "--out", str(out), *options])
-
-
-def last(out):
-    return checkpoint.load(out / "last.pt")
-
-
-def history(out):
-    return [
-        {k: v for k, v in r.items() if k not in TIMINGS}
-        for r in metrics.read_records(out / "metrics.jsonl")
-        if r["event"] == "epoch"
-    ]
-
-
-def break_batches(monkeypatch, epoch, step, action):
-    """Let ``action(images)`` act on the batch of one step (both counted from 1) of this process's next run."""
-    original = data.Batches.train
-    calls = []
-
-    def batches(self):
-        calls.append(None)
-        for i, (images, labels) in enumerate(original(self)):
-            if (len(calls), i + 1) == (epoch, step):
-                images = action(images)
-            yield images, labels
-
-    monkeypatch.setattr(data.Batches, "train", batches)
-
-
-def interrupt(images):
-    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +118,7 @@ def test_augmentation_is_the_affine_map_it_says():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_and_its_stem(name):
     for stride in (1, 2):
-        model = engine.build_model(name, 10, 0.25, stride)
+        model = build_model(name, 10, 0.25, stride)
         first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
         assert first.stride == (stride, stride)
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -204,7 +167,7 @@ def test_rate_leaves_out_the_first_epoch():
 
 def test_checkpoint_gives_the_reported_accuracy(finished):
     best = torch.load(finished / "best.pt", weights_only=True)
-    config = engine.Config(**best["config"])
+    config = Config(**best["config"])
     trainer = engine.Trainer(config, data.load(config.data, config.limit_train))
     trainer.model.load_state_dict(best["model"])
     assert (
@@ -232,15 +195,10 @@ def test_without_matplotlib_a_run_goes_through(tmp_path, monkeypatch, capsys):
 
 def test_learning_rate_schedule():
     config = make_config(epochs=10, warmup_epochs=2.0, lr=1.0)
-    rates = [engine.learning_rate(config, step, 5) for step in range(50)]
+    rates = [optim.learning_rate(config, step, 5) for step in range(50)]
     assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True)) and rates[10] == 1.0
     assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True)) and 0 < rates[-1] < 0.01
-    assert engine.learning_rate(make_config(epochs=1, warmup_epochs=5.0), 0, 1) > 0
-
-
-def make_config(**changes):
-    args = train.build_parser().parse_args(SMALL)
-    return dataclasses.replace(train._config(args), **changes)
+    assert optim.learning_rate(make_config(epochs=1, warmup_epochs=5.0), 0, 1) > 0
 
 
 def test_weight_decay_spares_norms_and_biases():
@@ -263,28 +221,28 @@ def test_no_channels_last(tmp_path, monkeypatch):
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 
-def same(a, b):
-    """Whether two nested structures are equal, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+RECIPES = {
+    "off": [],
+    "bf16": ["--amp", "bf16"],
+    "fp16": ["--amp", "fp16", "--accumulate", "2", "--batch-size", "16"],
+    "rmsprop": ["--optimizer", "rmsprop", "--lr", "0.01", "--schedule", "step", "--lr-step", "1", "--ema", "0.9"],
+    "mixed": ["--optimizer", "sgd", "--mixup", "0.2", "--cutmix", "1", "--random-erase", "0.5", "--ema", "0.99"],
+    "compiled": ["--compile", "aot_eager"],
+}
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_resume_is_exact(tmp_path, monkeypatch, capsys, amp):
+@pytest.mark.parametrize("name", RECIPES)
+def test_resume_is_exact(tmp_path, monkeypatch, capsys, name):
+    options = RECIPES[name]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(whole, "--amp", amp, epochs=4) == 0
+    assert run(whole, *options, epochs=4) == 0
     with monkeypatch.context() as patch:
         break_batches(patch, epoch=3, step=2, action=interrupt)
-        assert run(parts, "--amp", amp, epochs=4) == 130
+        assert run(parts, *options, epochs=4) == 130
     message = capsys.readouterr().err
-    assert "go on" in message and f"--out {parts} --amp {amp} --resume" in message
+    assert "go on" in message and " ".join(["--out", str(parts), *options, "--resume"]) in message
     assert last(parts)["epoch"] == 2
-    assert run(parts, "--amp", amp, "--resume", epochs=4) == 0
+    assert run(parts, *options, "--resume", epochs=4) == 0
     a, b = last(whole), last(parts)
     for state in (a, b):
         state["history"] = [{k: v for k, v in r.items() if k not in TIMINGS} for r in state["history"]]
@@ -296,8 +254,8 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys, amp):
 def test_every_random_state_matters(finished):
     """The exact resume above would also pass if nothing were drawn: order, augmentation and dropout must draw."""
     state = last(finished)
-    fresh = engine.Trainer(engine.Config(**state["config"]), data.load("digits", 96)).state()["rng"]
-    assert not torch.equal(fresh["torch"], state["rng"]["torch"])  # dropout
+    fresh = engine.Trainer(Config(**state["config"]), data.load("digits", 96)).state()["rng"]
+    assert not torch.equal(fresh["processes"][0]["torch"], state["rng"]["processes"][0]["torch"])  # dropout
     assert not torch.equal(fresh["data"], state["rng"]["data"])
 
 
@@ -581,7 +539,7 @@ def test_help_lists_every_option(capsys):
         (["--lr", "nan"], "argument --lr: nan is not above 0"),
         (["--width", "-1"], "argument --width: -1 is not above 0"),
         (["--batch-size", "x"], "invalid int value"),
-        (["--data", "nothing"], "invalid choice: 'nothing'"),
+        (["--optimizer", "adam9"], "invalid choice: 'adam9'"),
         (["--model", "v9"], "invalid choice"),
         (["--wat"], "unrecognized arguments: --wat"),
     ],

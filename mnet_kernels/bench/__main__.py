@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..models import MODELS
 from ..training.checkpoint import write_atomic
-from ..training.engine import AMP_DTYPES, MODELS
+from ..training.config import AMP_DTYPES
 from . import BenchError, compare, environment, providers, shapes, stage_subjects, table
 from .subjects import Setting
 

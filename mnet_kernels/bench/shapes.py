@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..models import MODELS
 from ..nn.base import FusedModule
-from ..training.engine import MODELS, build_model
+from ..training.config import build_model
 from . import BenchError, providers
 from .subjects import CLASSES, Block, Model
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..training.engine import AMP_DTYPES
+from ..training.config import AMP_DTYPES
 from . import providers
 
 CLASSES = 1000

@@ -16,8 +16,9 @@ import torch
 
 from . import TrainingError
 
-FORMAT = 1
-KEYS = ("model", "optimizer", "scaler", "epoch", "step", "rng", "history", "config")
+FORMAT = 2
+KEYS = ("model", "ema", "optimizer", "scaler", "epoch", "step", "rng", "history", "config", "inputs")
+MODEL_KEYS = ("model", "epoch", "config", "inputs")  # what best.pt and last.pt have in common
 
 
 def _megabytes(size):
@@ -86,8 +87,8 @@ def _damaged(path, why):
     )
 
 
-def load(path):
-    """Read a checkpoint of :func:`save`, all tensors on the CPU."""
+def load(path, keys=KEYS, missing="nothing to resume: {} does not exist; start without --resume"):
+    """Read a checkpoint of :func:`save` that has ``keys``, all tensors on the CPU."""
     path = Path(path)
     try:
         # The reader of torch does not verify the checksums that its writer stores.
@@ -97,17 +98,19 @@ def load(path):
             raise _damaged(path, f"wrong checksum of {bad}")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as exc:
-        raise TrainingError(f"nothing to resume: {path} does not exist; start without --resume") from exc
+        raise TrainingError(missing.format(path)) from exc
     except TrainingError:
         raise
     except OSError as exc:
         raise TrainingError(f"cannot read {path}: {exc.strerror or exc}") from exc
     except Exception as exc:  # the readers raise half a dozen types for damaged input, all with the same meaning
         raise _damaged(path, str(exc).partition("\n")[0][:120] or type(exc).__name__) from exc
-    if not isinstance(payload, dict) or any(key not in payload for key in KEYS):
+    if not isinstance(payload, dict) or "format" not in payload:
         raise _damaged(path, "entries are missing")
-    if payload.get("format") != FORMAT:
-        raise TrainingError(f"{path} has checkpoint format {payload.get('format')}, this version reads {FORMAT}")
+    if payload["format"] != FORMAT:
+        raise TrainingError(f"{path} has checkpoint format {payload['format']}, this version reads {FORMAT}")
+    if any(key not in payload for key in keys):
+        raise _damaged(path, "entries are missing")
     return payload
 
 

@@ -13,10 +13,10 @@ from mnet_kernels import choice
 
 from . import TrainingError, metrics
 from .checkpoint import write_atomic
-from .engine import AMP_DTYPES, implementation
+from .config import AMP_DTYPES, implementation
 
 # What a child's command line takes from the configuration; device is resolved already, implementation follows.
-NOT_OPTIONS = ("implementation", "limit_train", "channels_last")
+NOT_OPTIONS = ("implementation", "processes", "limit_train", "channels_last")
 # Rows of the table: title, key of the summary, factor to the unit shown, digits.
 ROWS = (
     ("test accuracy, %", "test_accuracy", 100, 2),
@@ -75,7 +75,8 @@ def _run_child(options, no_progress):
 
 
 def _train(config, backend, out, args):
-    code = _run_child(command(config, backend, out, args.threads), args.no_progress)
+    options = [*command(config, backend, out, args.threads), "--workers", str(args.workers)]
+    code = _run_child(options + ["--tensorboard"] * args.tensorboard, args.no_progress)
     if code == 130:
         raise KeyboardInterrupt
     if code:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import EXTRA
+from . import EXTRA, TrainingError
 from .checkpoint import write_atomic, write_error
 
 
@@ -106,6 +106,26 @@ class MetricsFile:
                 with contextlib.suppress(OSError):
                     os.truncate(self.path, size)
             raise write_error(self.path, len(text), exc) from exc
+
+
+class TensorBoard:
+    """The same records for TensorBoard, as event files in a directory."""
+
+    def __init__(self, directory, epoch):
+        """Go on after ``epoch``: what an interrupted run wrote beyond it is not shown."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self._writer = SummaryWriter(str(directory), purge_step=epoch + 1)
+        except OSError as exc:
+            raise TrainingError(f"cannot write to {directory}: {exc.strerror or exc}") from exc
+
+    def append(self, record):
+        """Add the figures of one epoch."""
+        for name, value in record.items():
+            if name != "epoch" and isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, record["epoch"])
+        self._writer.flush()
 
 
 def read_records(path):

@@ -6,10 +6,12 @@ import sys
 class Progress:
     """Counts steps on a bar where that makes sense, and prints lines without tearing the bar.
 
-    Without a terminal, without tqdm, or with ``enabled=False`` only the lines appear.
+    Without a terminal, without tqdm, or with ``enabled=False`` only the lines appear; with ``silent`` nothing does.
     """
 
-    def __init__(self, enabled=True, stream=None):
+    def __init__(self, enabled=True, stream=None, silent=False):
+        self._silent = silent
+        enabled = enabled and not silent
         self._stream = stream or sys.stderr
         self._tqdm = None
         if enabled and self._stream.isatty():
@@ -22,7 +24,8 @@ class Progress:
 
     def line(self, text):
         """Print one line to standard output."""
-        print(text, flush=True)
+        if not self._silent:
+            print(text, flush=True)
 
     def steps(self, iterable, total, label):
         """Iterate over ``iterable`` (``total`` steps), advancing the bar; the bar is gone when the loop is left."""
