@@ -1,4 +1,4 @@
-"""Compiles the device code of one .cu file and checks what the compiler made of it.
+"""Checks what nvcc made of one .cu file: X.cubin, with the report of `ptxas -v` beside it as X.cubin.log.
 
 No kernel may spill or use local memory.  The SASS is read too where there is a cuobjdump (the toolkit's, or the one in
 triton's wheel): a kernel named by --vectorized must load and store 16 bytes at a time.
@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 
@@ -55,27 +54,21 @@ def check(sass, vectorized):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nvcc", type=Path, required=True)
-    parser.add_argument("--arch", required=True, help="80, 90, ...")
     parser.add_argument("--vectorized", nargs="*", default=[], help="kernels that must move 16 bytes at a time")
-    parser.add_argument("source", type=Path)
+    parser.add_argument("cubin", type=Path)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        flags = ["-std=c++17", "-O3", "-lineinfo", "-cubin", f"-arch=sm_{args.arch}", "-Xptxas", "-v"]
-        done = subprocess.run([args.nvcc, *flags, args.source, "-o", cubin], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stdout + done.stderr)
-        cuobjdump = find_cuobjdump(args.nvcc)
-        sass = {}
-        if cuobjdump:
-            text = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-            sass = instructions(text)
-    kernels = list(resources(done.stdout + done.stderr))
+    cuobjdump = find_cuobjdump(args.nvcc)
+    sass = {}
+    if cuobjdump:
+        text = subprocess.run([cuobjdump, "-sass", args.cubin], capture_output=True, text=True, check=True).stdout
+        sass = instructions(text)
+    report = args.cubin.with_name(args.cubin.name + ".log").read_text()
+    kernels = list(resources(report))
     problems = [f"{name}: {spilled} bytes spilled or on the stack" for name, spilled, _ in kernels if spilled]
     problems += check(sass, args.vectorized) if cuobjdump else []
     for name, _, registers in kernels:
         print(f"{registers:4} registers  {name}")
-    print(f"{args.source.name}, sm_{args.arch}: {len(kernels)} kernels, SASS {'read' if cuobjdump else 'not read'}")
+    print(f"{args.cubin.name}: {len(kernels)} kernels, SASS {'read' if cuobjdump else 'not read'}")
     if not kernels:
         problems.append("ptxas reported no kernel")
     if problems:
