@@ -94,7 +94,8 @@ def same_as_reference(name, args, dtype):
     for i, (a, b) in enumerate(rows):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), f"{name} result {i}"
         if b.numel():
-            error = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-3)
+            # the inputs are of order one: a much smaller result is a difference of terms of that size
+            error = (a.double() - b.double()).norm() / b.double().norm().clamp(min=0.1)
             assert error <= limit, f"{name} result {i}: {error:.1e}"
 
 
