@@ -224,7 +224,7 @@ def test_swapping_the_classifier():
     head = nn.Linear(torchs.last_channel, 5).double()
     torchs.classifier[1] = head
     ours.classifier[1] = copy.deepcopy(head)
-    x, labels = batch(classes=5, size=64)  # at 32 the last maps are 1x1: batch norm over so few values is ill-conditioned
+    x, labels = batch(classes=5, size=64)  # at 32 the last maps are 1x1: batch norm is ill-conditioned
     with mk.backend("reference"):
         assert_same(training_step(ours, x, labels), training_step(torchs, x, labels))
 
