@@ -58,7 +58,8 @@ def compare(ours, want, dtype):
     for a, b in zip(ours, want, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
         if a.numel():
-            distance = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
+            # the inputs are of order one: a much smaller result is a difference of terms of that size
+            distance = (a.double() - b.double()).norm() / b.double().norm().clamp(min=0.1)
             assert distance <= max(steps, 1e-5), distance
 
 
