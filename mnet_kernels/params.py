@@ -53,9 +53,17 @@ class ConvBNAct(NamedTuple):
 
 
 class SqueezeExciteParams(NamedTuple):
-    """Squeeze-excite's two 1x1 convolutions: [R, C, 1, 1], [R], [C, R, 1, 1], [C]; biases may be None."""
+    """Squeeze-excite's two 1x1 convolutions, [R, C, 1, 1], [R], [C, R, 1, 1], [C], whose biases may be None; what
+    follows the first of them ("relu", "relu6", "hardswish" or "silu") and the second ("hardsigmoid" or "sigmoid")."""
 
     reduce_weight: torch.Tensor
     reduce_bias: torch.Tensor | None
     expand_weight: torch.Tensor
     expand_bias: torch.Tensor | None
+    activation: str = "relu"
+    gate: str = "hardsigmoid"
+
+    @property
+    def tensors(self):
+        """The four tensors, in order."""
+        return self[:4]

@@ -41,7 +41,7 @@ class Block(NamedTuple):
     mode: str
     layers: tuple[Layer, ...]
     residual: bool
-    excite: bool
+    excite: tuple[str, str] | None  # the names of squeeze-excite's activation and gate
     source_act: int | None = None  # x is raw: its bn table is the last tensor, this its activation
     raw: bool = False  # the output is raw, followed by its bn table
 

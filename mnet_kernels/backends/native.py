@@ -1,5 +1,6 @@
 """The fallback: the same blocks in plain torch ops with torch's own autograd, on any device and dtype."""
 
+import torch
 import torch.nn.functional as F
 
 ACTIVATIONS = {
@@ -7,7 +8,9 @@ ACTIVATIONS = {
     "relu": F.relu,
     "relu6": F.relu6,
     "hardswish": F.hardswish,
+    "silu": F.silu,
 }
+GATES = {"hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid}
 
 
 def batch_norm(x, bn):
@@ -23,10 +26,10 @@ def batch_norm(x, bn):
 
 
 def squeeze_excite(x, se):
-    """torchvision's SqueezeExcitation: x * hardsigmoid(expand(relu(reduce(mean(x)))))."""
+    """torchvision's SqueezeExcitation: x * gate(expand(act(reduce(mean(x)))))."""
     q = F.adaptive_avg_pool2d(x, 1)
-    q = F.relu(F.conv2d(q, se.reduce_weight, se.reduce_bias))
-    return F.hardsigmoid(F.conv2d(q, se.expand_weight, se.expand_bias)) * x
+    q = ACTIVATIONS[se.activation](F.conv2d(q, se.reduce_weight, se.reduce_bias))
+    return GATES[se.gate](F.conv2d(q, se.expand_weight, se.expand_bias)) * x
 
 
 def block(x, layers, residual, se):
