@@ -1,8 +1,8 @@
 """Checks what nvcc made of one .cu file: X.cubin, with the report of `ptxas -v` beside it as X.cubin.log.
 
 No kernel may spill or use local memory.  The SASS is read too where there is a cuobjdump (the toolkit's, or the one in
-triton's wheel): a kernel named by --vectorized must load and store 16 bytes at a time, one named by --vector-loads must load
-so.
+triton's wheel): a kernel named by --vectorized must load and store 16 bytes at a time, one named by --vector-loads must
+load so.
 """
 
 import argparse
