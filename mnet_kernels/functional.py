@@ -197,7 +197,8 @@ def _run(op, x, layers, residual, se, backend, mode, node=None):
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
-    expands = len(layers) == 3
+    # Algebraic mode has no moments of the expand layer that processes could share.
+    expands = len(layers) == 3 and layers[0].bn.group is None
     choice = choose(x.device, dtype, backend, mode, expands)
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
@@ -216,7 +217,8 @@ def _run(op, x, layers, residual, se, backend, mode, node=None):
 def _run_node(x, layers, residual, se, choice, source, raw):
     """One autograd node; returns its output and, if that is raw, (bn table, activation)."""
     rows = tuple(
-        Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats) for c in layers
+        Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats, c.bn.group)
+        for c in layers
     )
     block = Block(
         choice.backend, choice.mode, rows, residual, se and (se.activation, se.gate), source and source[1], raw

@@ -27,6 +27,7 @@ class Layer(NamedTuple):
     act: int
     eps: float
     batch_stats: bool
+    group: object = None  # of processes, over which the batch statistics are taken
 
 
 class Block(NamedTuple):

@@ -20,9 +20,24 @@ def batch_norm(x, bn):
         bn.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
+    if bn.group is not None:
+        return _synchronised(x, bn, momentum)
     # torch reads momentum only where running statistics are updated
     momentum = 0.0 if momentum is None else momentum
     return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.batch_stats, momentum, bn.eps)
+
+
+def _synchronised(x, bn, momentum):
+    if x.device.type != "cuda":
+        raise ValueError(
+            f"batch norm over several processes is on {x.device.type} in the fused backends only, and this call runs "
+            "native torch ops, whose nn.SyncBatchNorm needs CUDA: choose a fused backend, or use nn.BatchNorm2d"
+        )
+    from torch.nn.modules._functions import SyncBatchNorm
+
+    size = torch.distributed.get_world_size(bn.group)
+    tensors = (x, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return SyncBatchNorm.apply(*tensors, bn.eps, 0.0 if momentum is None else momentum, bn.group, size)
 
 
 def squeeze_excite(x, se):

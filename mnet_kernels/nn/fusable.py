@@ -25,7 +25,7 @@ SQUEEZE_EXCITE = (
     (("fc1", "activation", "fc2", "scale_activation"), ("avgpool",)),
     (("conv_reduce", "act1", "conv_expand", "gate"), ()),
 )
-NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
+NORM_ACT = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -92,9 +92,9 @@ def conv(module, kind, name):
 
 
 def batch_norm(module, name):
-    """nn.BatchNorm2d, or timm's subclass of it that holds the activation too."""
-    if qualified_name(module) != NORM_ACT:
-        return _plain(module, nn.BatchNorm2d, name)
+    """nn.BatchNorm2d or nn.SyncBatchNorm, or timm's subclasses of them that hold the activation too."""
+    if qualified_name(module) not in NORM_ACT:
+        return untouched(module, name) if type(module) is nn.SyncBatchNorm else _plain(module, nn.BatchNorm2d, name)
     if type(module.drop) is not nn.Identity:
         return f"{name} drops values ({type(module.drop).__name__})"
     return untouched(module, name) or untouched(module.drop, name)

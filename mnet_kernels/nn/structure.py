@@ -94,7 +94,7 @@ def take_layer(modules):
     if len(modules) < 2 or not isinstance(modules[0], nn.Conv2d) or not _is_norm(modules[1]):
         return None
     conv, bn = modules[:2]
-    if fusable.qualified_name(bn) == fusable.NORM_ACT:
+    if fusable.qualified_name(bn) in fusable.NORM_ACT:
         return Layer(_kind(conv), conv, bn, bn.act), 2
     act = modules[2] if len(modules) > 2 and _is_activation(modules[2]) else None
     return Layer(_kind(conv), conv, bn, act), 2 + (act is not None)
