@@ -56,6 +56,17 @@ MNET_HD V exponential(V u) {
   }
 }
 
+// numerator / (1 + e^-u).  A GPU's own exponential and quotient are a few units in the last place off, which
+// is little beside a sum of 1, and cost a fraction of the registers.
+template <typename V>
+MNET_HD V over_one_plus_exponential(V numerator, V u) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(numerator, 1.f + __expf(-u));
+#else
+  return numerator / (exponential(V(-u)) + 1.f);
+#endif
+}
+
 struct Identity {
   static constexpr Activation kCode = Activation::kIdentity;
   template <typename V>
@@ -116,11 +127,11 @@ struct Silu {
   static constexpr Activation kCode = Activation::kSilu;
   template <typename V>
   static MNET_HD V fwd(V u) {
-    return u / (exponential(V(-u)) + 1.f);
+    return over_one_plus_exponential(u, u);
   }
   template <typename V>
   static MNET_HD V bwd(V u) {
-    const V one = V{} + 1.f, sigmoid = one / (exponential(V(-u)) + 1.f);
+    const V one = V{} + 1.f, sigmoid = over_one_plus_exponential(one, u);
     return sigmoid * (u * (one - sigmoid) + 1.f);
   }
 };
