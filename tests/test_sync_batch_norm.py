@@ -1,5 +1,6 @@
-"""nn.SyncBatchNorm: two processes are one process with both their batches."""
+"""Several processes: nn.SyncBatchNorm is one batch norm over all their batches; FSDP2 may shard the parameters."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import test_sync_batch_norm
 
 dist.init_process_group("gloo")
 found = test_sync_batch_norm.in_one_of_two(*torch.load(sys.argv[1]))
+found["sharded"] = [test_sync_batch_norm.sharded(accelerate) for accelerate in (False, True)]
 if dist.get_rank() == 0:
     torch.save(found, sys.argv[2])
 dist.barrier()
@@ -112,6 +114,29 @@ def in_one_of_two(x, target, states):
     return found
 
 
+def sharded(accelerate):
+    """Every gradient of a model sharded by FSDP2, block by block, and the mean of the processes' own: (name, got, want)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = (mobilenet_v2 if accelerate else mk.FusedMobileNetV2)(width_mult=0.1, num_classes=5, dropout=0.0)
+    if accelerate:
+        mk.accelerate(model)
+    whole, mesh = copy.deepcopy(model), init_device_mesh("cpu", (2,))
+    for module in (*model.features, model):
+        fully_shard(module, mesh=mesh)
+    torch.manual_seed(1 + torch.distributed.get_rank())
+    x, labels = torch.randn(4, 3, 48, 48), torch.randint(5, (4,))
+    for net in (model, whole):
+        nn.functional.cross_entropy(net(x), labels).backward()
+    found = []
+    for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.distributed.all_reduce(q.grad)
+        found.append((name, p.grad.full_tensor(), q.grad / 2))
+    return found
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sync")
@@ -138,6 +163,13 @@ def test_two_processes_are_one_with_both_batches(case, name):
         want = outcome(model, loss_of(model, x, target))
     assert_equal(found[name, torch.float64], want, 1e-9)
     assert_equal(found[name, torch.float32], want, 1e-3)
+
+
+def test_sharded_parameters(case):
+    for gradients in case[3]["sharded"]:
+        assert len(gradients) == 158
+        for name, got, want in gradients:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item(), msg=name)
 
 
 def test_native_ops_have_no_statistics_of_several_processes_on_the_cpu():
