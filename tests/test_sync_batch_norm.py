@@ -115,7 +115,7 @@ def in_one_of_two(x, target, states):
 
 
 def sharded(accelerate):
-    """Every gradient of a model sharded by FSDP2, block by block, and the mean of the processes' own: (name, got, want)."""
+    """Every gradient of a model that FSDP2 shards, and the mean of the processes' own: (name, got, want)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
