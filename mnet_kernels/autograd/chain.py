@@ -64,7 +64,7 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
         excited = block.excite and i == count - 1
         below = needs_x or any(needs[:at]) or (excited and any(needs[count * PER_LAYER :]))
         if not (below or needs[at]):
-            continue
+            break
         source, bn, act = (maps[i - 1], bns[i - 1], block.layers[i - 1].act) if i else _source(block, x, extra)
         upstream = (grad, maps[i], bns[i], coef, y_act)
         skip = residual if i == 0 else None
