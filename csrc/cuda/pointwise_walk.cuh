@@ -114,7 +114,7 @@ MNET_DEVICE void walk(const RowTiling& tiling, const Weight& weight, const Opera
     acc.clear();
     for (int step = 0;; ++step) {
       Pack<T>* const left = ring + slot * Traits::kSlotPacks;
-      cp_async_wait<Traits::kStages - 1>();
+      MNET_PLANT(29, cp_async_wait<Traits::kStages - 1>(), cp_async_wait<Traits::kStages>());
       operand.prepare(left, begin + row, length - row, step * Traits::kDepth);
       MNET_PLANT(23, __syncthreads(), (void)0);  // the slot is there for all
       const int bytes = (operand.channels() - step * Traits::kDepth) * static_cast<int>(sizeof(T));
