@@ -5,8 +5,8 @@
 #include "../common/moments.h"
 #include "../common/params.h"
 #include "../common/plant.h"
-#include "depthwise_moments.cuh"
 #include "device.h"
+#include "pack.cuh"
 
 namespace mnet::cuda {
 
@@ -18,7 +18,7 @@ namespace mnet::cuda {
 //            from shared memory serves up to kKernel outputs, and kKernel weights stay in registers.  A quarter warp
 //            reads the 128 bytes of one pixel: no bank conflicts.
 //   moments  of the thread's outputs, merged into thread-private slots in shared memory (no registers across tiles),
-//            over threads once per block, over blocks by `combine_moments`: a fixed order, hence deterministic.
+//            over threads once per block, over blocks by combine.h: a fixed order, hence deterministic.
 template <typename T_, int kKernel_, int kStride_>
 struct DepthwiseTraits {
   using T = T_;
@@ -60,28 +60,6 @@ struct DepthwiseTiling {
   bool vectorized;         // 16-byte accesses to x and y are aligned and end within c
 };
 
-template <typename Traits>
-MNET_DEVICE Pack<typename Traits::T> load_pack(const typename Traits::T* from, int valid, bool vectorized) {
-  using T = typename Traits::T;
-  if (vectorized) return *reinterpret_cast<const Pack<T>*>(from);
-  Pack<T> pack;
-  MNET_UNROLL
-  for (int v = 0; v < Traits::kVec; ++v) pack.lane[v] = v < valid ? from[v] : from_float<T>(0.f);
-  return pack;
-}
-
-template <typename Traits>
-MNET_DEVICE void store_pack(typename Traits::T* to, const Pack<typename Traits::T>& pack, int valid, bool vectorized) {
-  if (vectorized) {
-    *reinterpret_cast<Pack<typename Traits::T>*>(to) = pack;
-    return;
-  }
-  MNET_UNROLL
-  for (int v = 0; v < Traits::kVec; ++v) {
-    if (MNET_PLANT(1, v < valid, v + 1 < valid)) to[v] = pack.lane[v];
-  }
-}
-
 // Fills the tile: pixels from (top, left) of one image, whose first channel of this thread is at `image`.
 template <typename Traits>
 MNET_DEVICE void load_tile(const DepthwiseParams& p, const typename Traits::T* image, int top, int left, int valid,
@@ -105,9 +83,7 @@ MNET_DEVICE void load_tile(const DepthwiseParams& p, const typename Traits::T* i
       const int pixel = first + u * kStep;
       const int ih = top + pixel / Traits::kInW, iw = left + pixel % Traits::kInW;
       inside[u] = pixel < Traits::kPixels && valid > 0 && ih >= 0 && ih < p.h && iw >= 0 && iw < p.w;
-      MNET_UNROLL
-      for (int v = 0; v < Traits::kVec; ++v) z[u].lane[v] = from_float<T>(0.f);
-      if (inside[u]) z[u] = load_pack<Traits>(image + (int64_t{ih} * p.w + iw) * p.c, valid, vectorized);
+      z[u] = inside[u] ? load_pack(image + (int64_t{ih} * p.w + iw) * p.c, valid, vectorized) : zero_pack<T>();
     }
     if (p.bn != nullptr) {
       with_activation(p.act, [&](auto act) {
@@ -240,7 +216,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
           stored.lane[v] = from_float<T>(out[o][v]);
           out[o][v] = to_float(stored.lane[v]);
         }
-        store_pack<Traits>(to + int64_t{o} * p.out_w * p.c, stored, valid, tiling.vectorized);
+        store_pack(to + int64_t{o} * p.out_w * p.c, stored, MNET_PLANT(1, valid, valid - 1), tiling.vectorized);
       }
     }
     if (p.moments != nullptr && rows > 0) {

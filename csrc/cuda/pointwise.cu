@@ -1,6 +1,6 @@
 #include "pointwise.h"
 
-#include "depthwise_moments.cuh"
+#include "combine.h"
 #include "pointwise.cuh"
 #include "pointwise_tiles.h"
 #include "pointwise_weight.cuh"
@@ -33,10 +33,10 @@ static cudaError_t launch(const PointwiseParams& p, Dtype dtype, void* workspace
     cudaError_t error = prepare_weight<T>(p.weight, p.weight_stride_e, p.weight_stride_c, p.e, p.c, packed, workspace, stream,
                                           weight);
     if (error != cudaSuccess) return error;
-    const bool tables = (p.bn == nullptr || aligned16(p.bn)) && (p.gate == nullptr || aligned16(p.gate));
+    const bool tables = (p.bn == nullptr || aligned(p.bn)) && (p.gate == nullptr || aligned(p.gate));
     const ActivatedSource source{p.x, p.bn, p.gate, Images(p.image_positions), p.c, p.act,
-                                 p.c % Traits::kVec == 0 && aligned16(p.x) && tables};
-    const bool vectorized = p.e % Traits::kVec == 0 && aligned16(p.y);
+                                 p.c % Traits::kVec == 0 && aligned(p.x) && tables};
+    const bool vectorized = p.e % Traits::kVec == 0 && aligned(p.y);
     const auto kernel = pointwise_kernel<Traits>;
     error = allow_shared(kernel, Traits::kRingBytes);
     if (error != cudaSuccess) return error;
@@ -46,9 +46,7 @@ static cudaError_t launch(const PointwiseParams& p, Dtype dtype, void* workspace
     if (error = launch_status(); error != cudaSuccess) return error;
   }
   if (p.moments == nullptr) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>(divide_up(p.e, CombineTraits::kChannels));
-  MNET_LAUNCH(combine_moments, blocks, CombineTraits::kThreads, stream, partials, tiling.chunks, p.e, p.moments);
-  return launch_status();
+  return combine_moments(partials, tiling.chunks, p.e, p.moments, stream);
 }
 
 cudaError_t pointwise(const PointwiseParams& p, Dtype dtype, bool tf32, void* workspace, cudaStream_t stream) {

@@ -8,7 +8,7 @@
 namespace mnet::cuda {
 
 // Rounds and stores y; gathers the moments of the stored values.  A thread keeps those of its columns in shared memory of its
-// own; over threads they are merged once per block, over blocks by combine_moments: a fixed order, hence deterministic.
+// own; over threads they are merged once per block, over blocks by combine.h: a fixed order, hence deterministic.
 template <typename Traits>
 class StoreOutput {
   using T = typename Traits::T;

@@ -1,6 +1,6 @@
 #include "pointwise_backward.h"
 
-#include "pointwise_backward_combine.cuh"
+#include "combine.h"
 #include "pointwise_backward_input.cuh"
 #include "pointwise_backward_weight.cuh"
 #include "pointwise_tiles.h"
@@ -8,10 +8,10 @@
 
 namespace mnet::cuda {
 
-// Two kernels, one for each product.  Counted in elements of P positions, grad, y and x are read for gx (2 P E + P C, of which P
-// C only where x is masked) and again for dW, and gx is written: 4 P E + 3 P C.  One kernel for both could do with 2 P E +
-// 2 P C, 36 to 48 % less for V2's layers of E C up to 6144, whose gradient fits in the registers of a block; it is not
-// written yet.  Beyond, blocks of columns read their operand again anyway, from the second level of cache.
+// Two kernels, one for each product.  Counted in elements of P positions: grad, y and x are read for gx (x only where it is
+// masked) and again for dW, and gx is written, 4 P E + 3 P C.  One kernel for both could do with 2 P E + 2 P C, 36 to 48 %
+// less for V2's layers of E C up to 6144, whose gradient fits in the registers of a block; it is not written yet.
+// Beyond, blocks of columns read their operand again anyway, from the second level of cache.
 
 // Calls f with the traits of a weight gradient.
 template <typename F>
@@ -77,25 +77,14 @@ int64_t pointwise_backward_workspace(const PointwiseBackwardParams& p, Dtype dty
   return l.weight + l.sums + l.dw;
 }
 
-static cudaError_t combine(const float* partials, int64_t spans, int64_t runs, int rows, int64_t c, float* sums,
-                           cudaStream_t stream) {
-  int lanes = 1;
-  while (lanes < CombineSumsTraits::kMaxLanes && lanes * 4 <= runs) lanes *= 2;  // at least four runs each
-  const auto blocks = static_cast<unsigned>(divide_up(c, CombineSumsTraits::kColumns) * rows * spans);
-  if (blocks == 0) return cudaSuccess;
-  MNET_LAUNCH(combine_sums, blocks, static_cast<unsigned>(lanes * CombineSumsTraits::kColumns), stream, partials, spans, runs,
-              rows, c, sums);
-  return launch_status();
-}
-
 static bool tables_aligned(const PointwiseBackwardParams& p) {
-  return aligned16(p.y_bn) && aligned16(p.coef) && (p.bn == nullptr || aligned16(p.bn)) &&
-         (p.gate == nullptr || aligned16(p.gate));
+  return aligned(p.y_bn) && aligned(p.coef) && (p.bn == nullptr || aligned(p.bn)) &&
+         (p.gate == nullptr || aligned(p.gate));
 }
 
 template <typename T>
 static UpstreamSource upstream(const PointwiseBackwardParams& p) {
-  const bool vectorized = p.e % Pack<T>::kSize == 0 && aligned16(p.grad) && aligned16(p.y) && tables_aligned(p);
+  const bool vectorized = p.e % Pack<T>::kSize == 0 && aligned(p.grad) && aligned(p.y) && tables_aligned(p);
   return {p.grad, p.y, p.y_bn, p.coef, p.e, p.y_act, vectorized};
 }
 
@@ -103,8 +92,8 @@ template <typename Traits>
 static cudaError_t launch_input(const PointwiseBackwardParams& p, const Weight& weight, float* partials, cudaStream_t stream) {
   const RowTiling tiling = input_tiling<Traits>(p);
   if (tiling.chunks > 0) {
-    const bool vectorized = p.c % Traits::kVec == 0 && (p.gx == nullptr || aligned16(p.gx)) && aligned16(p.x) &&
-                            (p.residual == nullptr || aligned16(p.residual));
+    const bool vectorized = p.c % Traits::kVec == 0 && (p.gx == nullptr || aligned(p.gx)) && aligned(p.x) &&
+                            (p.residual == nullptr || aligned(p.residual));
     const auto kernel = pointwise_input_gradient<Traits>;
     const cudaError_t error = allow_shared(kernel, Traits::kRingBytes);
     if (error != cudaSuccess) return error;
@@ -114,8 +103,10 @@ static cudaError_t launch_input(const PointwiseBackwardParams& p, const Weight& 
     if (const cudaError_t status = launch_status(); status != cudaSuccess) return status;
   }
   if (p.sums == nullptr) return cudaSuccess;
-  const bool by_image = p.gate != nullptr;
-  return combine(partials, by_image ? p.images : 1, tiling.runs_per_span, sums_rows(p), p.c, p.sums, stream);
+  const int64_t spans = p.gate == nullptr ? 1 : p.images;
+  const int rows = sums_rows(p);
+  return combine_sums({partials, spans, tiling.runs_per_span, int64_t{rows} * p.c, rows, p.c, p.sums, p.c, spans * p.c, 1},
+                      stream);
 }
 
 template <typename Traits>
@@ -125,7 +116,7 @@ static cudaError_t launch_weight(const PointwiseBackwardParams& p, float* partia
   float* const to = tiling.runs == 1 ? p.dw : partials;
   if (tiling.runs > 0) {
     const ActivatedSource activated{p.x, p.bn, p.gate, Images(p.image_positions), p.c, p.act,
-                                    p.c % Traits::kVec == 0 && aligned16(p.x) && tables_aligned(p)};
+                                    p.c % Traits::kVec == 0 && aligned(p.x) && tables_aligned(p)};
     const auto kernel = pointwise_weight_gradient<Traits>;
     const cudaError_t error = allow_shared(kernel, Traits::kRingBytes);
     if (error != cudaSuccess) return error;
@@ -134,7 +125,7 @@ static cudaError_t launch_weight(const PointwiseBackwardParams& p, float* partia
     if (const cudaError_t status = launch_status(); status != cudaSuccess) return status;
   }
   if (tiling.runs == 1) return cudaSuccess;
-  return combine(partials, 1, tiling.runs, 1, int64_t{p.e} * p.c, p.dw, stream);
+  return combine_sums({partials, 1, tiling.runs, int64_t{p.e} * p.c, p.e, p.c, p.dw, 0, p.c, 1}, stream);
 }
 
 cudaError_t pointwise_backward(const PointwiseBackwardParams& p, Dtype dtype, bool tf32, void* workspace, cudaStream_t stream) {

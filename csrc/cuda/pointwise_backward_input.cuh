@@ -7,8 +7,8 @@
 
 namespace mnet::cuda {
 
-// Masks, rounds and stores gx; gathers sum gx, sum gx (x - mean), or with a gate (where gx is dz, neither gated nor masked) the
-// rows of the image table.  Sums are of the stored values where they are stored.  Memory plan as for the forward's moments.
+// Masks, rounds and stores gx; gathers sum gx, sum gx (x - mean), or with a gate (where gx is dz, neither gated nor masked)
+// the rows of the image table.  Sums are of the stored values where they are stored.  Memory plan as for the forward's moments.
 template <typename Traits>
 class StoreGradient {
   using T = typename Traits::T;
@@ -32,7 +32,7 @@ class StoreGradient {
 
   MNET_DEVICE void begin() {
     MNET_UNROLL
-    for (int i = 0; i < kSums; ++i) {
+    for (int i = 0; i < 2; ++i) {
       MNET_UNROLL
       for (int v = 0; v < kVec; ++v) sum_[i][v] = 0.f;
     }
@@ -80,7 +80,8 @@ class StoreGradient {
         const float u = normalized(pass, v), masked = g[v] * decltype(act)::bwd(u);
         sum_[0][v] = fmaf(g[v], decltype(act)::fwd(u), sum_[0][v]);
         sum_[1][v] += masked;
-        sum_[2][v] = fmaf(masked, value_of<T>(other_[pass], v) - table(2, v), sum_[2][v]);
+        // A third row of registers would spill.
+        slot(2 * kVec + v) = fmaf(masked, value_of<T>(other_[pass], v) - table(2, v), slot(2 * kVec + v));
       }
     });
   }
@@ -88,7 +89,7 @@ class StoreGradient {
   MNET_DEVICE void end() {
     if (p_.sums == nullptr) return;
     MNET_UNROLL
-    for (int i = 0; i < kSums; ++i) {
+    for (int i = 0; i < 2; ++i) {
       MNET_UNROLL
       for (int v = 0; v < kVec; ++v) slot(i * kVec + v) += MNET_PLANT(3, sum_[i][v], sum_[i][0]);
     }
@@ -123,7 +124,7 @@ class StoreGradient {
   float* const slots_;
   const float* const table_;  // scale, shift, mean of the block's columns
   Words other_[Traits::kPasses];  // x, or the residual where there is no batch norm
-  float sum_[kSums][kVec];        // of this tile
+  float sum_[2][kVec];            // of this tile
 };
 
 template <typename Traits>

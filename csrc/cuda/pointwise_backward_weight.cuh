@@ -6,9 +6,9 @@
 
 namespace mnet::cuda {
 
-// Memory plan.  A block of 256 threads owns 64 x 64 of the gradient and walks down a run of positions, which are the depth of
-// this product, 64 at a time (32 of float32): a slot holds a line of 128 bytes (two of float32) of grad, y and x of each.  Copies
-// and preparation as in pointwise_walk.cuh; ldmatrix transposes both operands.
+// Memory plan.  A block of 256 threads owns 64 x 64 of the gradient and walks down a run of positions, which are the depth
+// of this product, 64 at a time (32 of float32): a slot holds a line of 128 bytes (two of float32) of grad, y and x of each.
+// Copies and preparation as in pointwise_walk.cuh; ldmatrix transposes both operands.
 //   multiply  8 warps, 2 down by 4 across, each 32 x 16 of the gradient.
 //   sums      a tensor core truncates as it accumulates, so after kRun slots what it has goes to a second set of registers.
 // Runs are combined by combine_sums: a fixed order, hence deterministic.
@@ -19,7 +19,7 @@ struct WeightGradientTraits {
   static constexpr int kStages = kStages_;
   static constexpr int kSize = 64;  // channels of a block, on both sides
   static constexpr int kThreads = 256;
-  static constexpr int kBlocksPerSm = kMath_ == Math::kTensor ? 2 : 1;
+  static constexpr int kBlocksPerSm = sizeof(T_) == 2 ? 2 : 1;  // float32 fragments are read word by word: more registers
   static constexpr int kVec = Pack<T_>::kSize;
   static constexpr int kDepth = kDepthBytes / sizeof(T_);
   static constexpr int kRun = 8;

@@ -1,8 +1,8 @@
 // Which tile a pointwise product takes, and how its positions are dealt to blocks: the one place to tune.
 //
 // Every row is an ESTIMATE from counted bytes and occupancy; none has been measured on a card yet.  What was counted, for
-// 128 rows and 16-bit storage, per step of 64 channels: the operand 16 KiB (once more for every block of columns, from the second
-// level of cache), the weight kColumns x 128 B, 256 x kColumns x 64 operations.
+// 128 rows and 16-bit storage, per step of 64 channels: the operand 16 KiB (once more for every block of columns, from the
+// second level of cache), the weight kColumns x 128 B, 256 x kColumns x 64 operations.
 //
 //   columns up to  tile      ring, KiB  blocks an SM (228 / 164 KiB)   why
 //   32             128 x 32  60         2 / 2     a third slot: the tile multiplies little, so copies must be further ahead
@@ -12,6 +12,7 @@
 //   float32        128 x 64  48         2 / 2     half the columns a tile of 16-bit values has for the same bytes
 #pragma once
 
+#include "launch.h"
 #include "pointwise_walk.cuh"
 
 namespace mnet::cuda {
@@ -28,8 +29,8 @@ using WideTile = ProductTraits<T, Math::kTensor, 1, 64, 128, 2>;
 using FloatTile = ProductTraits<float, Math::kTensor, 1, 128, 64, 2>;
 using ExactFloatTile = ProductTraits<float, Math::kFma, 1, 128, 64, 2>;
 
-// The input gradient's columns are channels of x; its operand is made of two tensors, hence 64 rows.  By columns: 64 x 64
-// up to 64 (ring 48 KiB), 64 x 128 beyond (64 KiB); with the sums' 24 KiB 2 blocks an SM of 228 KiB and 2 / 1 of one of 164 KiB.
+// The input gradient's columns are channels of x; its operand is made of two tensors, hence 64 rows.  By columns: 64 x 64 up
+// to 64 (ring 48 KiB), 64 x 128 beyond (64 KiB); with the sums' 25 KiB an SM of 228 KiB has 2 blocks, one of 164 KiB 2 or 1.
 template <typename T>
 using MediumGradientTile = ProductTraits<T, Math::kTensor, 2, 64, 64, 2>;
 template <typename T>
@@ -47,8 +48,6 @@ constexpr int64_t kMaxRuns = MNET_POINTWISE_MAX_RUNS;
 // a few slots, for the same reason.  4 to 8 blocks for each of 132 SMs.
 constexpr int64_t kTargetWeightBlocks = 1056;
 constexpr int64_t kFewestWeightSlots = 8;
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls f with the traits of a product of `columns` columns.
 template <typename F>

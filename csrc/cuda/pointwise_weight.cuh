@@ -5,14 +5,12 @@
 
 namespace mnet::cuda {
 
-inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // Bytes of the packed weight, none where cp.async reads it as it lies.  Rounded up: what follows it is aligned.
 inline int64_t packed_weight_bytes(const void* weight, int64_t stride_e, int64_t stride_c, int32_t e, int32_t c, Dtype dtype) {
   const int64_t vec = 16 / element_bytes(dtype);
-  const bool direct = stride_c == 1 && c % vec == 0 && stride_e % vec == 0 && aligned16(weight);
+  const bool direct = stride_c == 1 && c % vec == 0 && stride_e % vec == 0 && aligned(weight);
   return direct ? 0 : int64_t{e} * divide_up(c, vec) * 16;
 }
 

@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #define MNET_POINTWISE_MAX_RUNS 5
+#include "../cuda/combine.cu"
 #include "../cuda/pointwise_backward.cu"  // the launcher itself, its launches replaced
 #include "pointwise_reference.h"
 
@@ -33,7 +34,8 @@ static bool check(const BackwardCase& k, Dtype dtype, bool tf32, uint64_t seed) 
   if (k.wanted == kNoDw) p.dw = nullptr;
   if (k.wanted == kOnlyDw) p.gx = nullptr, p.sums = nullptr;
   if (k.wanted == kOnlySums) p.gx = nullptr, p.dw = nullptr;
-  const test::PointwiseSlack slack{0.0, tf32 && dtype == Dtype::kFloat32 ? 0x1p-11 : 0.0};
+  const bool curved = p.act >= Activation::kHardswish;  // its own multiply-adds may be fused there and not here
+  const test::PointwiseSlack slack{curved ? 1.0 : 0.0, tf32 && dtype == Dtype::kFloat32 ? 0x1p-11 : 0.0};
   const int64_t size = problem.positions * k.shape.c;
   std::vector<double> first_gx;
   std::vector<float> first_sums, first_dw;
@@ -70,6 +72,7 @@ int main() try {
       {{1, 40, 16, 24, -1, false, false}},
       {{3, 70, 24, 16, 3, true, false}},     // the image table, two tiles an image
       {{5, 1, 8, 8, 2, true, false}},
+      {{2, 20, 16, 8, 4, true, false}},
       {{1, 33, 13, 21, 2, true, false}},     // channels that are no multiple of 16 bytes
       {{1, 33, 21, 13, -1, false, true}},
       {{0, 4, 16, 8, 2, false, false}},

@@ -149,6 +149,7 @@ class PointwiseProblem {
         const int64_t at = i * s.c + c;
         const double derivative = activate(act_, u_[at], true);
         const double factor = s.act < 0 || s.gate ? 1.0 : derivative;
+        if (slack.flips > 0.0) bound += 16 * kUnit32 * std::fabs(want);
         want = want * factor + (s.residual ? residual.get(at) : 0.0);
         const double got = gx_wanted ? gx.get(at) : want;
         report("gx", at, got, want, 2 * unit() * std::fabs(want) + bound + 4 * kUnit32 * std::fabs(want));
