@@ -2,8 +2,8 @@
 //
 // An operand's tile is rows of positions by chunks of channels.  `issue` starts the copy of the raw values into a slot, by
 // cp.async where they are aligned; `prepare`, once they have arrived, makes of them what the product reads, rounded to the
-// storage dtype, in place.  A thread prepares what it copied itself, so nothing but its own wait stands between the two, and no
-// register holds a value from the one to the other.  What lies beyond the positions or channels is zero.
+// storage dtype, in place.  A thread prepares what it copied itself, so nothing but its own wait stands between the two,
+// and no register holds a value from the one to the other.  What lies beyond the positions or channels is zero.
 #pragma once
 
 #include <cstring>

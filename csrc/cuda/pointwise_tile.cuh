@@ -120,7 +120,8 @@ struct Accumulators {
   }
 };
 
-// acc += left right, of the warp whose part begins at `row` and `column`; of the 128 bytes of depth the first `steps` 32, or all.
+// acc += left right, of the warp whose part begins at `row` and `column`; of the 128 bytes of depth the first `steps` 32,
+// or all.
 template <Math kMath, typename Left, typename Right, int kTilesM, int kTilesN>
 MNET_DEVICE void multiply(const Pack<typename Left::T>* left, const Pack<typename Right::T>* right, int row, int column,
                           int steps, Accumulators<kTilesM, kTilesN>& acc) {

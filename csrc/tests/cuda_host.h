@@ -30,10 +30,12 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define MNET_HOST_ASAN 1
 #elif defined(__has_feature)
 #if __has_feature(address_sanitizer)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define MNET_HOST_ASAN 1
 #endif
@@ -316,6 +318,9 @@ void launch(dim3 grid, dim3 threads, size_t dynamic_bytes, F&& kernel) {
       fiber.state = State::kReady;
       fiber.copies.clear();
       fiber.groups.clear();
+#if defined(MNET_HOST_ASAN)
+      __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);  // frames of a thread that has ended
+#endif
       prepare_context(fiber.context, fiber.stack.get(), kStackBytes, fiber_main);
     }
     while (open_barrier(run_round())) {
@@ -344,33 +349,6 @@ inline int lane() { return static_cast<int>(threadIdx.x % kWarp); }
 inline void collective(void (*complete)(Exchange* const*), const void* in, void* out, Place place) {
   block.running->exchange = {~0u, complete, 0, 0, in, out};
   wait(State::kExchange, place);
-}
-
-inline void finish_copy(const AsyncCopy& copy) {
-  if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
-  if (copy.from == nullptr) std::memset(copy.to, 0, 16);
-}
-
-// A target is undefined from the copy's issue until it is waited for: NaN here, the data move as late as they may.  Where
-// warps run ahead, every other copy is done at once instead: whoever still uses the target writes over the data.
-inline void copy_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-    throw std::runtime_error("an asynchronous copy is not aligned to 16 bytes");
-  }
-  const AsyncCopy copy{to, from};
-  if (schedule == Schedule::kRandomWarps && block.random() % 2 == 0) return finish_copy(copy);
-  std::memset(to, 0xff, 16);
-  block.running->copies.push_back(copy);
-}
-inline void commit_copies() { block.running->groups.push_back(block.running->copies.size()); }
-inline void wait_for_copies(size_t pending_groups) {
-  Fiber& self = *block.running;
-  if (self.groups.size() <= pending_groups) return;
-  const size_t finished = self.groups.size() - pending_groups, count = self.groups[finished - 1];
-  for (size_t i = 0; i < count; ++i) finish_copy(self.copies[i]);
-  self.copies.erase(self.copies.begin(), self.copies.begin() + count);
-  self.groups.erase(self.groups.begin(), self.groups.begin() + finished);
-  for (size_t& end : self.groups) end -= count;
 }
 
 }  // namespace mnet::host

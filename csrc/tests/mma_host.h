@@ -6,6 +6,33 @@
 
 namespace mnet::host {
 
+inline void finish_copy(const AsyncCopy& copy) {
+  if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
+  if (copy.from == nullptr) std::memset(copy.to, 0, 16);
+}
+
+// A target is undefined from the copy's issue until it is waited for: NaN here, the data move as late as they may.  Where
+// warps run ahead, every other copy is done at once instead: whoever still uses the target writes over the data.
+inline void copy_async(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    throw std::runtime_error("an asynchronous copy is not aligned to 16 bytes");
+  }
+  const AsyncCopy copy{to, from};
+  if (schedule == Schedule::kRandomWarps && block.random() % 2 == 0) return finish_copy(copy);
+  std::memset(to, 0xff, 16);
+  block.running->copies.push_back(copy);
+}
+inline void commit_copies() { block.running->groups.push_back(block.running->copies.size()); }
+inline void wait_for_copies(size_t pending_groups) {
+  Fiber& self = *block.running;
+  if (self.groups.size() <= pending_groups) return;
+  const size_t finished = self.groups.size() - pending_groups, count = self.groups[finished - 1];
+  for (size_t i = 0; i < count; ++i) finish_copy(self.copies[i]);
+  self.copies.erase(self.copies.begin(), self.copies.begin() + count);
+  self.groups.erase(self.groups.begin(), self.groups.begin() + finished);
+  for (size_t& end : self.groups) end -= count;
+}
+
 struct MmaLane {
   const uint32_t* a;
   const uint32_t* b;

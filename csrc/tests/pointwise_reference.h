@@ -132,7 +132,8 @@ class PointwiseProblem {
   }
 
   // What is wanted of gx, sums and dW.
-  bool check_backward(const std::string& label, const PointwiseSlack& slack = {}, bool gx_wanted = true, bool dw_wanted = true) {
+  bool check_backward(const std::string& label, const PointwiseSlack& slack = {}, bool gx_wanted = true,
+                      bool sums_wanted = true, bool dw_wanted = true) {
     start(label);
     make_operand();
     make_upstream();
@@ -148,10 +149,11 @@ class PointwiseProblem {
         const int64_t at = i * s.c + c;
         const double derivative = activate(act_, u_[at], true);
         const double factor = s.act < 0 || s.gate ? 1.0 : derivative;
+        if (slack.flips > 0.0) bound += 16 * kUnit32 * std::fabs(want);
         want = want * factor + (s.residual ? residual.get(at) : 0.0);
         const double got = gx_wanted ? gx.get(at) : want;
         report("gx", at, got, want, 2 * unit() * std::fabs(want) + bound + 4 * kUnit32 * std::fabs(want));
-        if (s.act < 0) continue;
+        if (s.act < 0 || !sums_wanted) continue;
         const double centred = x.get(at) - bn[2 * s.c + c], own = gx_wanted ? 0.0 : bound * std::fabs(factor);
         const int64_t image = i / s.area;
         const auto add = [&](int64_t index, double value, double weight_of_term) {
@@ -168,7 +170,7 @@ class PointwiseProblem {
         }
       }
     }
-    if (s.act >= 0) {
+    if (s.act >= 0 && sums_wanted) {
       for (size_t i = 0; i < sums.size(); ++i) report("sums", i, sums[i], want_sums[i], sum_bound[i] + 1e-30);
     }
     for (int e = 0; dw_wanted && e < s.e; ++e) {
