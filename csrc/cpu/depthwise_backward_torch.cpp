@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "../stage_checks.h"
+#include "../depthwise_backward_checks.h"
 #include "depthwise_backward.h"
 
 namespace mnet::cpu {
@@ -14,70 +14,20 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_backward(
     const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& offset, const at::Tensor& x,
     const at::Tensor& weight, const std::optional<at::Tensor>& bn, int64_t act, int64_t stride,
     const std::optional<at::Tensor>& residual, bool needs_dx, bool needs_dw) {
-  constexpr auto kOp = "depthwise_backward";
-  const Dtype dtype = storage_dtype(kOp, x);
-  check_map(kOp, "x", x);
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  check_depthwise_weight(kOp, weight, x);
-  TORCH_CHECK(stride == 1 || stride == 2, kOp, ": stride is ", stride, ", expected 1 or 2");
-  const int64_t out_h = (h - 1) / stride + 1, out_w = (w - 1) / stride + 1;
-  check_map_like(kOp, "grad", grad, {n, c, out_h, out_w}, "x", x);
-  check_map_like(kOp, "y", y, {n, c, out_h, out_w}, "x", x);
-  check_activation(kOp, "y_act", y_act);
-  check_activation(kOp, "act", act);
-  TORCH_CHECK(bn.has_value() || act == 0, kOp, ": act is ", act, " without bn, expected 0 (identity): the activation ",
-              "belongs to the batch norm of x; pass bn");
-  TORCH_CHECK(!(bn.has_value() && residual.has_value()), kOp, ": got bn and residual, expected one of them: a residual is ",
-              "added to the gradient of the block's own input, which has no batch norm before it");
-
-  DepthwiseBackwardParams p{};
-  p.grad = grad.const_data_ptr();
-  p.y = y.const_data_ptr();
-  p.y_bn = check_table(kOp, "y_bn", y_bn, {5, c}, x);
-  p.coef = check_table(kOp, "coef", coef, {4, c}, x);
-  p.gate = check_table(kOp, "gate", gate, {n, c}, x);
-  p.offset = check_table(kOp, "offset", offset, {n, c}, x);
-  p.x = x.const_data_ptr();
-  p.weight = weight.const_data_ptr();
-  p.bn = check_table(kOp, "bn", bn, {5, c}, x);
-  if (residual.has_value()) {
-    check_map_like(kOp, "residual", *residual, x.sizes(), "x", x);
-    p.residual = residual->const_data_ptr();
-  }
-  p.weight_stride_c = weight.stride(0);
-  p.weight_stride_h = weight.stride(2);
-  p.weight_stride_w = weight.stride(3);
-  p.n = n;
-  p.c = static_cast<int32_t>(c);
-  p.h = static_cast<int32_t>(h);
-  p.w = static_cast<int32_t>(w);
-  p.out_h = static_cast<int32_t>(out_h);
-  p.out_w = static_cast<int32_t>(out_w);
-  p.kernel = static_cast<int32_t>(weight.size(2));
-  p.stride = static_cast<int32_t>(stride);
-  p.y_act = static_cast<Activation>(y_act);
-  p.act = static_cast<Activation>(act);
-
-  const auto statistics = x.options().dtype(at::kFloat);
-  const at::Tensor gx = needs_dx ? at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast))
-                                 : at::empty({0}, x.options());
-  const bool needs_sums = needs_dx && bn.has_value();
-  const at::Tensor sums = needs_sums ? at::empty({2, c}, statistics) : at::empty({0}, statistics);
-  const at::Tensor dw = needs_dw ? at::empty(weight.sizes(), statistics) : at::empty({0}, statistics);
-  if (needs_dx) p.gx = gx.mutable_data_ptr();
-  if (needs_sums) p.sums = sums.mutable_data_ptr<float>();
-  if (needs_dw) p.dw = dw.mutable_data_ptr<float>();
-  if (!needs_dx && !needs_dw) return {gx, sums, dw};
+  const DepthwiseBackwardCall call = prepare_depthwise_backward(grad, y, y_bn, coef, y_act, gate, offset, x, weight, bn, act,
+                                                                stride, residual, needs_dx, needs_dw);
+  const DepthwiseBackwardParams& p = call.params;
+  if (!needs_dx && !needs_dw) return {call.gx, call.sums, call.dw};
 
   const DepthwiseBackwardPlan plan = plan_depthwise_backward(p);
   const at::Tensor workspace = at::empty({depthwise_backward_workspace(p, plan)}, x.options().dtype(at::kDouble));
   double* partials = workspace.mutable_data_ptr<double>();
   const Capability isa = capability();
   at::parallel_for(0, plan.units(), 1, [&](int64_t begin, int64_t end) {
-    depthwise_backward_units(p, dtype, plan, begin, end, partials, isa);
+    depthwise_backward_units(p, call.dtype, plan, begin, end, partials, isa);
   });
   depthwise_backward_finish(p, plan, partials);
-  return {gx, sums, dw};
+  return {call.gx, call.sums, call.dw};
 }
 
 }  // namespace mnet::cpu

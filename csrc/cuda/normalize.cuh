@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(NormalizeTraits<T>::kThreads, NormalizeTraits<
   if (place.valid <= 0) return;  // there is no barrier below
   const NormalizeCoefficients<kVec> k = load_coefficients<kVec>(p, place);
   const T* y = static_cast<const T*>(p.y) + place.channel;
-  const T* residual = static_cast<const T*>(p.operand) + place.channel;
+  const T* residual = kResidual ? static_cast<const T*>(p.operand) + place.channel : nullptr;
   T* out = static_cast<T*>(p.output) + place.channel;
   for (int64_t first = place.begin + place.lane; first < place.end; first += int64_t{kLoads} * tiling.lanes) {
     Pack<T> values[kLoads], others[kLoads];
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(NormalizeTraits<T>::kThreads, NormalizeTraits<
   const NormalizePlace place = find_place(tiling, p.c, kVec);
   const NormalizeCoefficients<kVec> k = load_coefficients<kVec>(p, place);
   const T* y = static_cast<const T*>(p.y) + place.channel;
-  const T* operand = static_cast<const T*>(p.operand) + place.channel;
+  const T* operand = Terms::kOperand ? static_cast<const T*>(p.operand) + place.channel : nullptr;
   const int64_t end = place.valid > 0 ? place.end : place.begin;
 
   float sums[kVec][kTables] = {};
