@@ -195,8 +195,8 @@ def _run(op, x, layers, residual, se, backend, mode, node=None):
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
-    expands = len(layers) == 3
-    choice = choose(x.device, dtype, backend, mode, expands)
+    positions = x.shape[2] * x.shape[3] if len(layers) == 3 else None  # three layers: the first one expands
+    choice = choose(x.device, dtype, backend, mode, positions)
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")

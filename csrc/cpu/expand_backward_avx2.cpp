@@ -1,4 +1,4 @@
-// The kernel for AVX2.
+// The kernels for AVX2.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,6 +9,7 @@
 
 #include "target_avx2.h"
 
+#include "expand_backward_pack.h"
 #include "expand_backward_kernel.h"
 
 #if defined(__clang__)

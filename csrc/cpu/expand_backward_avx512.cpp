@@ -1,4 +1,4 @@
-// The kernel for AVX-512.
+// The kernels for AVX-512.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,6 +9,7 @@
 
 #include "target_avx512.h"
 
+#include "expand_backward_pack.h"
 #include "expand_backward_kernel.h"
 
 #if defined(__clang__)

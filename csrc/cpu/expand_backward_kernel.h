@@ -7,8 +7,8 @@
 // the convolution and g1, which takes y1's place; and from the hot g1 the products G += (x - shift)^T g1 and
 // dx' += g1 W~.  The ring holds a strip's rows and the kernel's overlap for every panel of the block (144 channels of 56
 // columns: 6 rows, 200 KiB); the plan blocks the channels so that ring, weights and G stay in the second-level cache.  dx'
-// is a float32 buffer of a strip, of the whole unit where there are several blocks.  G is summed in float32 over a few
-// strips, DW's gradient over 64 positions, both then in the unit's doubles.
+// is a float32 buffer of a strip, of the whole unit where there are several blocks.  G is summed in float32 over a
+// strip or two, dW over 64 positions, both then in the unit's doubles.
 #pragma once
 
 #include <cstdint>
@@ -92,7 +92,10 @@ template <typename Storage, typename Shape>
 class ExpandBackward {
   using Lane = typename Storage::Lane;
   using Panel = BackwardPanel<Shape>;
-  static constexpr int kSumRun = 100;  // positions after which the float32 sums of G go into doubles
+  // Positions of one float32 sum of G (its rounding is lost beside that of 16-bit maps), and of all that are added up in
+  // float32 before they go into doubles.
+  static constexpr int kProductRun = sizeof(Lane) == sizeof(float) ? 32 : kShortDepth;
+  static constexpr int kSumRun = 100;
 
  public:
   ExpandBackward(const ExpandBackwardParams& p, const ExpandBackwardPlan& plan, const ExpandBackwardUnit& unit,
@@ -213,8 +216,12 @@ class ExpandBackward {
       }
       multiply_deep(x, source_.stride(), packed_.expand + e * p_.expand.c, p_.expand.c, positions, used(i), y1_, ahead);
       gradient_rows(s, i, rows);
-      multiply_panel<true>(x, source_.stride(), y1_, positions, p_.expand.c, used(i),
-                           partial_ + int64_t{i} * p_.expand.c * kPanel, MNET_PLANT(21, accumulate, false), ahead);
+      for (int first = 0; first < positions; first += kProductRun) {
+        multiply_panel<true>(x + first * source_.stride(), source_.stride(), y1_ + first * kPanel,
+                             least(kProductRun, positions - first), p_.expand.c, used(i),
+                             partial_ + int64_t{i} * p_.expand.c * kPanel, MNET_PLANT(21, accumulate || first > 0, first > 0),
+                             ahead);
+      }
       for (int j = 0; p_.dx != nullptr && j < plan_.dx_panels; ++j) {
         multiply_panel<false>(y1_, kPanel, packed_.scaled + (int64_t{j} * d_.c + e) * kPanel, used(i), positions,
                               least(kPanel, p_.expand.c - j * kPanel), dx_ + (j * dx_positions_ + at) * kPanel,
@@ -306,7 +313,7 @@ class ExpandBackward {
   }
 
   void flush_dw(Panel& s, int panel) const {
-    s.dw_run = MNET_PLANT(25, 0, -Shape::kDwRun);
+    s.dw_run = 0;
     if (d_.dw == nullptr) return;
     double* to = unit_.table + plan_.padded() * (p_.expand.c + 1) + channel(panel);
     for (int v = 0; v < kVecs; ++v) {
@@ -369,33 +376,6 @@ class ExpandBackward {
   int panels_ = 0;
   int run_ = 0;    // positions in the current runs of G
 };
-
-void expand_backward_pack_panel(const ExpandBackwardParams& p, Dtype dtype, const ExpandBackwardPlan& plan, int64_t panel,
-                                const ExpandBackwardPacked& packed) {
-  const ExpandLayer& expand = p.expand;
-  const ProjectUpstream& project = p.project;
-  const int e = p.depthwise.c;
-  with_storage(dtype, [&](auto storage) {
-    using Storage = decltype(storage);
-    if (panel < plan.panels) {
-      const int first = static_cast<int>(panel) * kPanel;
-      pack_panel<Storage>(expand.weight, expand.weight_stride_c, expand.weight_stride_e, expand.c, first, e,
-                          packed.expand + int64_t{first} * expand.c);
-      pack_panel<Storage>(project.weight, project.weight_stride_c, project.weight_stride_e, project.c, first, e,
-                          packed.project + int64_t{first} * project.c);
-      return;
-    }
-    const int first = static_cast<int>(panel - plan.panels) * kPanel;
-    float* scaled = packed.scaled + int64_t{first} * e;
-    pack_panel<Storage>(expand.weight, expand.weight_stride_e, expand.weight_stride_c, e, first, expand.c, scaled);
-    for (int64_t i = 0; i < e; ++i) {
-      for (int j = 0; j < kPanel; j += kLanes) {
-        float* at = scaled + i * kPanel + j;
-        store_vec(at, Storage::round(MNET_PLANT(26, p.depthwise.bn[i], 1.f) * load_vec(at)));
-      }
-    }
-  });
-}
 
 void expand_backward_unit(const ExpandBackwardParams& p, Dtype dtype, const ExpandBackwardPlan& plan,
                           const ExpandBackwardUnit& unit, const ExpandBackwardPacked& packed) {

@@ -38,7 +38,7 @@ static void fill(std::mt19937_64& random, Dtype dtype, Buffer& buffer, int64_t s
   for (int64_t i = 0; i < size; ++i) buffer.set(i, round_to(dtype, values(random)));
 }
 
-struct Problem {
+struct Block {
   const Shape& s;
   Dtype dtype;
   cpu::Capability capability;
@@ -51,7 +51,7 @@ struct Problem {
   std::vector<float> shift, bn, y_bn, y3_bn, y_coef, y3_coef, gate, offset;
   std::vector<double> xk, z, slope;  // x - k [in, c]; z1 and act'(u1) [in, e]
 
-  Problem(const Shape& shape, Dtype d, cpu::Capability level, Check& c, uint64_t seed)
+  Block(const Shape& shape, Dtype d, cpu::Capability level, Check& c, uint64_t seed)
       : s(shape), dtype(d), capability(level), check(c), oh((s.h - 1) / s.stride + 1), ow((s.w - 1) / s.stride + 1),
         taps(s.kernel * s.kernel), pad(s.kernel / 2), in(int64_t{s.n} * s.h * s.w), out(int64_t{s.n} * oh * ow),
         unit(std::ldexp(1.0, -significant_bits(d))), random(seed), x(d, in * s.c), weight(d, int64_t{s.e} * s.c),
@@ -121,7 +121,7 @@ struct Problem {
   void mix();
 };
 
-void Problem::gram() {
+void Block::gram() {
   std::vector<float> table((s.c + 2) * s.c, -1.f);
   const GramParams p{x.data(), table.data(), in, s.c};
   const cpu::GramPlan plan = cpu::plan_gram(p, capability);
@@ -150,7 +150,7 @@ void Problem::gram() {
   }
 }
 
-void Problem::forward() {
+void Block::forward() {
   Buffer to(dtype, out * s.e);
   std::vector<float> moments(2 * s.e, -1.f);
   ExpandDepthwiseParams p{};
@@ -189,7 +189,7 @@ void Problem::forward() {
   }
 }
 
-void Problem::backward() {
+void Block::backward() {
   std::vector<float> gramgrad(int64_t{s.e} * (s.c + 1), -1.f), dw(int64_t{s.e} * taps, -1.f);
   ExpandBackwardParams p{};
   p.expand = layer();
@@ -278,7 +278,7 @@ void Problem::backward() {
   }
 }
 
-void Problem::mix() {
+void Block::mix() {
   const std::vector<float> m = uniform(random, (s.c + 1) * s.c, -1, 1);
   Buffer partial(dtype, in * s.c), to(dtype, in * s.c);
   fill(random, dtype, partial, in * s.c, -1, 1);
@@ -324,7 +324,9 @@ int main() {
   std::vector<Shape> shapes = {{1, 1, 1, 1, 1, 1, 3, 1, 2, false, false},   {2, 5, 13, 3, 1, 7, 5, 2, 3, true, true},
                                {0, 4, 6, 5, 3, 3, 3, 1, 2, false, false},   {17, 7, 9, 5, 5, 4, 3, 1, 1, false, true},
                                {1, 34, 70, 19, 29, 11, 3, 1, 2, true, true}, {1, 90, 200, 130, 6, 7, 3, 2, 3, false, false},
-                               {1, 3, 20, 4, 2, 150, 5, 1, 2, false, true}, {1, 200, 300, 40, 9, 3, 3, 1, 2, false, true}};
+                               {1, 3, 20, 4, 2, 150, 5, 1, 2, false, true}, {1, 200, 300, 40, 9, 3, 3, 1, 2, false, true},
+                               // units that begin within one image and end in another, units of several images
+                               {2, 6, 19, 7, 25, 6, 3, 1, 2, false, false}, {70, 3, 9, 4, 3, 4, 3, 2, 2, true, true}};
   for (int act = 0; act < kNumActivations; ++act) {
     for (const int kernel : {3, 5}) {
       for (const int stride : {1, 2}) shapes.push_back({2, 6, 35, 9, 13, 12, kernel, stride, act, act % 2 == 0, kernel == 3});
@@ -341,7 +343,7 @@ int main() {
                       cpu::capability_name(capability), name(dtype), s.n, s.c, s.e, s.o, s.h, s.w, s.kernel, s.stride, s.act,
                       s.gated, s.shifted);
         Check check(label);
-        Problem problem(s, dtype, capability, check, static_cast<uint64_t>(++problems));
+        Block problem(s, dtype, capability, check, static_cast<uint64_t>(++problems));
         problem.gram();
         problem.forward();
         problem.backward();
