@@ -38,7 +38,7 @@ LAYERS = (
     Layer("depthwise", 1, schema.ACTIVATIONS.index("relu6"), 1e-5, True),
     Layer("pointwise", 1, schema.IDENTITY, 1e-5, True),
 )
-BLOCK = Block("reference", "chain", LAYERS, True, False)
+BLOCK = Block("reference", "chain", LAYERS, True, None)
 COUNT = len(LAYERS)
 _libraries = []
 

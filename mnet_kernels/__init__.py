@@ -20,6 +20,7 @@ from . import functional, models, nn  # noqa: E402
 from .accelerate import AccelerateReport, accelerate, restore  # noqa: E402
 from .backends import BackendUnavailableError  # noqa: E402
 from .choice import backend, default_fused  # noqa: E402
+from .fold import fold  # noqa: E402
 from .info import build_info  # noqa: E402
 from .models import (  # noqa: E402
     FusedMobileNetV1,
@@ -47,6 +48,7 @@ __all__ = [
     "build_info",
     "count_stages",
     "default_fused",
+    "fold",
     "functional",
     "fused_mobilenet_v1",
     "fused_mobilenet_v2",

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .log import logger
-from .nn import FusedDepthwiseConvBNAct, FusedInvertedResidual, FusedPointwiseConvBNAct, fusable
+from .nn import fusable, structure
 from .nn.base import FusedModule
+from .nn.twin import FusedSequentialTwin, FusedTwin
 
 
 @dataclass
@@ -25,15 +26,19 @@ class AccelerateReport:
 
 
 def accelerate(model, *, backend=None, mode=None):
-    """Replace torchvision's blocks in ``model`` by fused ones, in place.
+    """Replace the blocks in ``model`` that the fused kernels can run by their fused twins, in place.
+
+    Known are torchvision's InvertedResidual (mobilenet_v2, mobilenet_v3_*, mnasnet*) and MBConv (efficientnet_b*),
+    timm's InvertedResidual, DepthwiseSeparableConv and ConvBnAct (mobilenetv1_*, mobilenetv2_*, mobilenetv3_*,
+    mnasnet_*, efficientnet_*, fbnetc_100, ...), and any nn.Sequential whose children are convolution, batch norm and
+    activation in a row, by its structure.  Anything else is left as it is.
 
     The fused modules share the children of those they replace: the same parameter objects (optimizers made before
     stay valid), the same state_dict keys, the same training flags.  A block that may not be fused (hooks, replaced
     children, other geometry) is kept and reported with the reason.  :func:`restore` undoes it.
 
     Args:
-        model: a model holding torchvision's InvertedResidual and Conv2dNormActivation blocks (mobilenet_v2,
-            mobilenet_v3_large, mobilenet_v3_small).
+        model: any nn.Module.
         backend, mode: pin the choice of the fused modules (see ``mnet_kernels.backend``).
 
     Returns:
@@ -44,7 +49,7 @@ def accelerate(model, *, backend=None, mode=None):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate needs an nn.Module, got {type(model).__name__}")
-    if _recognise(model) is not None:
+    if structure.read(model) is not None:
         raise TypeError(
             f"accelerate replaces blocks inside a model, and {type(model).__name__} is a block itself: put it into an "
             "nn.Sequential first"
@@ -76,45 +81,30 @@ def _walk(parent, prefix, report, backend, mode):
     for name, child in list(parent._modules.items()):
         if child is None or isinstance(child, FusedModule):
             continue
-        full = f"{prefix}{name}"
-        recognised = _recognise(child)
-        if recognised is None:
+        full, found = f"{prefix}{name}", structure.read(child)
+        why = None if found is None else fusable.untouched(child, "the block") or found.why_native()
+        if found is not None and not why:
+            cls = FusedSequentialTwin if structure.is_sequential(child) else FusedTwin
+            _replace(parent, name, cls(child, backend, mode), found.op, full, report)
+        elif structure.is_known(child):
+            report.kept.append((full, type(child).__name__, why or structure.UNREAD))
+        else:
+            count = len(report.replaced)
+            _segments(parent, name, child, full, report, backend, mode)
             _walk(child, f"{full}.", report, backend, mode)
-            continue
-        kind, make = recognised
-        why = fusable.untouched(child, "the block")
-        if not why and make is None:
-            why = kind
-        fused = None if why else make(child, backend, mode)
-        why = why or fused.why_native()
-        if why:
-            report.kept.append((full, type(child).__name__, why))
-            continue
-        fused.train(child.training)
-        # In a tuple, so that the original is no registered child: no second set of keys, yet copied and pickled along.
-        fused._replaces = (child,)
-        parent._modules[name] = fused
-        report.replaced.append((full, type(child).__name__, kind))
+            if why and count == len(report.replaced):
+                report.kept.append((full, type(child).__name__, why))
 
 
-def _recognise(module):
-    """(what it becomes or why not, maker or None) for a block that accelerate knows; None for any other module."""
-    name = type(module).__name__
-    if name == "InvertedResidual" and {"conv", "block"} & set(module._modules) and hasattr(module, "use_res_connect"):
-        return FusedInvertedResidual.__name__, FusedInvertedResidual.of
-    if name in ("Conv2dNormActivation", "ConvBNActivation", "ConvBNReLU") and isinstance(module, nn.Sequential):
-        return _recognise_conv(module)
-    return None
+def _segments(parent, name, child, full, report, backend, mode):
+    """Replace a Sequential of which some runs of layers are ops."""
+    if structure.is_sequential(child) and not fusable.untouched(child, ""):
+        ops = [part.op for part in structure.segments(child) if isinstance(part, structure.Structure)]
+        if ops:
+            twin = FusedSequentialTwin(child, backend, mode)
+            _replace(parent, name, twin, f"a Sequential that runs {', '.join(ops)}", full, report)
 
 
-def _recognise_conv(module):
-    conv = next(iter(module._modules.values()), None)
-    if not isinstance(conv, nn.Conv2d):
-        return f"its first child is {type(conv).__name__}, not Conv2d", None
-    if conv.groups == conv.in_channels and conv.groups > 1:
-        cls = FusedDepthwiseConvBNAct
-    elif conv.kernel_size == (1, 1) and conv.groups == 1:
-        cls = FusedPointwiseConvBNAct
-    else:
-        return f"a dense {conv.kernel_size[0]}x{conv.kernel_size[1]} convolution has no fused stage", None
-    return cls.__name__, lambda m, backend, mode: cls.of(m._modules.values(), backend, mode)
+def _replace(parent, name, twin, what, full, report):
+    report.replaced.append((full, type(parent._modules[name]).__name__, what))
+    parent._modules[name] = twin

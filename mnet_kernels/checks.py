@@ -7,6 +7,8 @@ from .schema import ACTIVATIONS, depthwise_size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNELS = (3, 5)
+SE_ACTIVATIONS = ("relu", "relu6", "hardswish", "silu")
+GATES = ("hardsigmoid", "sigmoid")
 
 
 def check_input(op, x):
@@ -100,7 +102,12 @@ def _check_batch_norm(op, x, layer, channels):
 def check_squeeze_excite(op, x, se, channels):
     if not isinstance(se, SqueezeExciteParams):
         raise TypeError(f"{op}: squeeze_excite must be a mnet_kernels.SqueezeExciteParams, got {type(se).__name__}")
-    for name, t in zip(se._fields, se, strict=True):
+    for what, allowed in (("activation", SE_ACTIVATIONS), ("gate", GATES)):
+        if getattr(se, what) not in allowed:
+            raise ValueError(
+                f"{op}: squeeze-excite {what} must be one of {', '.join(allowed)}, got {getattr(se, what)!r}"
+            )
+    for name, t in zip(se._fields, se.tensors, strict=False):
         if t is not None or name.endswith("weight"):
             _check_tensor(op, f"squeeze-excite {name}", t, x)
     squeezed = se.reduce_weight.shape[0]

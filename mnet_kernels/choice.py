@@ -2,7 +2,7 @@
 
 Who decides, the strongest first:
 
-1. ``MNET_BACKEND=native`` in the environment: everything runs native, whatever else is asked for.
+1. ``MNET_BACKEND=native`` in the environment, and ``torch.export``: everything runs native, whatever else is asked for.
 2. ``with mnet_kernels.backend(name, mode=...)``, the innermost.
 3. The module or the call (``backend=``, ``mode=``).
 4. ``MNET_BACKEND`` and ``MNET_MODE``, read once at import.
@@ -145,6 +145,8 @@ def choose(device, dtype, backend=None, mode=None, positions=None):
     """
     if _environment[0] == "native":
         name, who = "native", "MNET_BACKEND=native"
+    elif torch.compiler.is_exporting():
+        name, who = "native", "an exported program holds torch's own ops only"
     else:
         name, who = _requested(0, backend, BACKENDS, "backend")
     mode, _ = _requested(1, mode, MODES, "mode")

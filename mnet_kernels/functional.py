@@ -44,7 +44,7 @@ def depthwise_conv_bn_act(x, weight, bn, *, stride=1, activation="relu6", backen
         weight: [C, 1, k, k], k 3 or 5; zero padding k // 2.
         bn: :class:`BatchNormParams` of C channels.
         stride: 1 or 2.
-        activation: "relu", "relu6", "hardswish" or "identity".
+        activation: "relu", "relu6", "hardswish", "silu" or "identity".
         backend, mode: see ``mnet_kernels.backend``.
 
     Returns:
@@ -162,8 +162,8 @@ def inverted_residual(
     return _run("inverted_residual", x, layers, residual, squeeze_excite, backend, mode)
 
 
-def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias):
-    """x * hardsigmoid(expand(relu(reduce(mean of x over H and W)))) (Howard et al. 2019, section 5.3).
+def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias, *, activation="relu", gate="hardsigmoid"):
+    """x * gate(expand(act(reduce(mean of x over H and W)))) (Hu et al. 2018; Howard et al. 2019, section 5.3).
 
     Standing alone it has no batch norm to be fused with and runs on native torch ops on every backend; inside
     :func:`inverted_residual` it is part of the fused block.
@@ -172,11 +172,13 @@ def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias):
         x: [N, C, H, W].
         reduce_weight, reduce_bias: [R, C, 1, 1] and [R] or None.
         expand_weight, expand_bias: [C, R, 1, 1] and [C] or None.
+        activation: "relu", "relu6", "hardswish" or "silu".
+        gate: "hardsigmoid" or "sigmoid".
 
     Returns:
         [N, C, H, W].
     """
-    se = SqueezeExciteParams(reduce_weight, reduce_bias, expand_weight, expand_bias)
+    se = SqueezeExciteParams(reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate)
     checks.check_input("squeeze_excite", x)
     checks.check_squeeze_excite("squeeze_excite", x, se, x.shape[1])
     note("native::squeeze_excite")
@@ -195,8 +197,9 @@ def _run(op, x, layers, residual, se, backend, mode, node=None):
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
-    positions = x.shape[2] * x.shape[3] if len(layers) == 3 else None  # three layers: the first one expands
-    choice = choose(x.device, dtype, backend, mode, positions)
+    # Three layers: the first one expands.  Algebraic mode has no moments of it that processes could share.
+    expands = len(layers) == 3 and layers[0].bn.group is None
+    choice = choose(x.device, dtype, backend, mode, x.shape[2] * x.shape[3] if expands else None)
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")
@@ -214,9 +217,12 @@ def _run(op, x, layers, residual, se, backend, mode, node=None):
 def _run_node(x, layers, residual, se, choice, source, raw):
     """One autograd node; returns its output and, if that is raw, (bn table, activation)."""
     rows = tuple(
-        Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats) for c in layers
+        Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats, c.bn.group)
+        for c in layers
     )
-    block = Block(choice.backend, choice.mode, rows, residual, se is not None, source and source[1], raw)
+    block = Block(
+        choice.backend, choice.mode, rows, residual, se and (se.activation, se.gate), source and source[1], raw
+    )
     tensors = []
     for layer in layers:
         bn = layer.bn
@@ -224,7 +230,7 @@ def _run_node(x, layers, residual, se, choice, source, raw):
         running = (None, None) if bn.batch_stats else (bn.running_mean, bn.running_var)
         tensors += [layer.weight, bn.weight, bn.bias, *running]
     if se is not None:
-        tensors += se
+        tensors += se.tensors
     if source is not None:
         tensors.append(source[0])
     update = partial(_update_running_stats, stage(choice.backend), [c.bn for c in layers if c.bn.batch_stats])

@@ -11,7 +11,8 @@ class BatchNormParams(NamedTuple):
     ``weight``, ``bias``, ``running_mean``, ``running_var``: [C] or None.  ``training`` uses the batch's statistics and
     updates the running ones, which needs no buffers (``track_running_stats=False``); without ``training`` the running
     statistics are used, or the batch's where there are none.  ``momentum=None`` is a cumulative average, which needs
-    ``num_batches_tracked``.
+    ``num_batches_tracked``.  ``group``: a torch.distributed process group over whose batches together the statistics
+    are taken, as nn.SyncBatchNorm does; None is this process's batch alone.
     """
 
     weight: torch.Tensor | None
@@ -22,14 +23,17 @@ class BatchNormParams(NamedTuple):
     training: bool = True
     momentum: float | None = 0.1
     eps: float = 1e-5
+    group: object = None
 
     @classmethod
     def of(cls, module):
-        """Take everything from an ``nn.BatchNorm2d``."""
+        """Take everything from an ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``."""
         mean, var, batches = module.running_mean, module.running_var, module.num_batches_tracked
         if module.training and not module.track_running_stats:
             mean = var = batches = None
-        return cls(module.weight, module.bias, mean, var, batches, module.training, module.momentum, module.eps)
+        return cls(
+            module.weight, module.bias, mean, var, batches, module.training, module.momentum, module.eps, _group(module)
+        )
 
     @property
     def batch_stats(self):
@@ -40,6 +44,17 @@ class BatchNormParams(NamedTuple):
     def updates(self):
         """Whether a forward changes the running statistics."""
         return self.training and self.running_mean is not None
+
+
+def _group(module):
+    """The group that a batch norm takes its statistics over, if it is more than this process."""
+    if not (isinstance(module, torch.nn.SyncBatchNorm) and module.training):
+        return None
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if module.process_group is None else module.process_group
+    return group if dist.get_world_size(group) > 1 else None
 
 
 class ConvBNAct(NamedTuple):
@@ -53,9 +68,17 @@ class ConvBNAct(NamedTuple):
 
 
 class SqueezeExciteParams(NamedTuple):
-    """Squeeze-excite's two 1x1 convolutions: [R, C, 1, 1], [R], [C, R, 1, 1], [C]; biases may be None."""
+    """Squeeze-excite's two 1x1 convolutions, [R, C, 1, 1], [R], [C, R, 1, 1], [C], whose biases may be None; what
+    follows the first of them ("relu", "relu6", "hardswish" or "silu") and the second ("hardsigmoid" or "sigmoid")."""
 
     reduce_weight: torch.Tensor
     reduce_bias: torch.Tensor | None
     expand_weight: torch.Tensor
     expand_bias: torch.Tensor | None
+    activation: str = "relu"
+    gate: str = "hardsigmoid"
+
+    @property
+    def tensors(self):
+        """The four tensors, in order."""
+        return self[:4]

@@ -28,7 +28,7 @@ mix       [C+1, C]       M (C rows, row-major [out, in]), v: dx = dx' + M (x - k
 
 import torch
 
-ACTIVATIONS = ("identity", "relu", "relu6", "hardswish")
+ACTIVATIONS = ("identity", "relu", "relu6", "hardswish", "silu")
 IDENTITY = 0
 
 # The upstream of a backward stage is the gradient at the output of the batch norm (and activation) that follows the

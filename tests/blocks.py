@@ -8,7 +8,7 @@ import mnet_kernels as mk
 from mnet_kernels import BatchNormParams, SqueezeExciteParams, backends, functional
 
 FUSED = (("reference", "chain"), ("reference", "algebraic"))
-ACTIVATIONS = ("identity", "relu", "relu6", "hardswish")
+ACTIVATIONS = ("identity", "relu", "relu6", "hardswish", "silu")
 
 
 class Case(NamedTuple):

@@ -96,8 +96,8 @@ def test_copies_can_be_restored(model, duplicate):
 def test_report_reads_well(model):
     text = str(mk.accelerate(model))
     assert "replaced 6 blocks, kept 1" in text
-    assert "features.1: InvertedResidual -> FusedInvertedResidual" in text
-    assert "features.6: Conv2dNormActivation -> FusedPointwiseConvBNAct" in text
+    assert "features.1: InvertedResidual -> inverted_residual" in text
+    assert "features.6: Conv2dNormActivation -> pointwise_conv_bn_act" in text
 
 
 @pytest.mark.parametrize("given", [torch.zeros(1), mobilenet_v2(**SHORT).features[2]], ids=["tensor", "block"])

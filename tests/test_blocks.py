@@ -55,6 +55,18 @@ def test_any_mix_of_eval_batch_norms(frozen, excite):
 
 
 @pytest.mark.parametrize("excite", [False, True])
+@pytest.mark.parametrize("last", ["gamma", "beta"])
+def test_only_the_last_batch_norm_is_trained(last, excite):
+    """The backward ends where nothing below needs a gradient."""
+    inputs = Inputs(Case(excite=excite))
+    for name, leaf in inputs.leaves.items():
+        leaf.requires_grad_(name == f"{last}{len(inputs.bns) - 1}")
+    want = step(inputs, "native")
+    for backend, mode in fused_modes(inputs.case):
+        assert_same(step(inputs, backend, mode), want)
+
+
+@pytest.mark.parametrize("excite", [False, True])
 @pytest.mark.parametrize("seed", range(12))
 def test_any_mix_of_frozen_parameters(seed, excite):
     torch.manual_seed(seed)

@@ -122,7 +122,7 @@ def rows(result):
 # ---- the pass rule --------------------------------------------------------------------------------------------------
 
 PRECISION = [
-    *(dict(k=k, stride=s, act=a, y_act=(a + s) % 4) for k in (3, 5) for s in (1, 2) for a in ACTS),
+    *(dict(k=k, stride=s, act=a, y_act=(a + s) % len(ACTS)) for k in (3, 5) for s in (1, 2) for a in ACTS),
     dict(gated=True, act=3, y_act=3, y3_act=2), dict(n=1, e=16, h=25, w=37, stride=2), dict(c=33, e=70, o=40, h=6, w=5),
 ]  # fmt: skip
 
@@ -218,7 +218,7 @@ def same_as_reference(name, args, dtype):
 def test_as_reference(size, dtype):
     flags = itertools.product((3, 5), (1, 2), (0, 1))
     for i, (k, stride, half) in enumerate(flags):
-        acts, clear = ((i + 2 * half) % 4, (i + 1) % 4, (i // 2 + half) % 4), size[4] * size[5] > 1
+        acts, clear = ((i + 2 * half) % 5, (i + 1) % 5, (i // 2 + half) % 5), size[4] * size[5] > 1
         args = Args(dtype, *size, k, stride, *acts, gated=i % 3 == 0, shifted=i % 2 == 0, clear=clear)
         every = same_as_reference("expand_depthwise", args.of("expand_depthwise"), dtype)
         without = ours("expand_depthwise")(*args.of("expand_depthwise", moments=False))
@@ -368,7 +368,7 @@ WRONG = {
     r"shift has shape \[6\], expected \[7\]": ("expand_depthwise", "shift", lambda t: t[:6]),
     r"weight has shape \[20, 1, 3, 3\], expected \[21, 1, k, k\]": ("expand_depthwise", "depthwise", lambda t: t[:20]),
     "stride is 3, expected 1 or 2": ("expand_depthwise", "stride", lambda t: 3),
-    "act is 4, expected an index from 0 to 3": ("expand_depthwise", "act", lambda t: 4),
+    "act is 5, expected an index from 0 to 4": ("expand_depthwise", "act", lambda t: 5),
     "y_act is -1": ("expand_depthwise_backward", "y_act", lambda t: -1),
     r"project_weight has shape \[6, 20": ("expand_depthwise_backward", "project", lambda t: t[:, :20]),
     r"y has shape \[1, 21, 9, 11\], expected \[2, 21": ("expand_depthwise_backward", "y", lambda t: t[:1]),

@@ -90,7 +90,7 @@ def test_every_call_agrees_with_the_reference(size, dtype):
         compare(CPU.pointwise_backward(*args), reference.pointwise_backward(*args), dtype)
 
 
-ACT = {"identity": lambda u: u, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}
+ACT = {"identity": lambda u: u, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
 
 
 def torchs(x, weight, bn, act, gate, grad, y, y_bn, coef, y_act, dtype):

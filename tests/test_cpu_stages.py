@@ -413,7 +413,7 @@ def test_errors():
         (lambda: ours("normalize")(x.contiguous(), bn, 2, None), r"channels_last memory; call y.contiguous\("),
         (lambda: ours("normalize")(x.double(), bn, 2, None), "float64 runs on the reference"),
         (lambda: ours("normalize")(x, bn[:4], 2, None), r"bn has shape \[4, 5\], expected \[5, 5\]"),
-        (lambda: ours("normalize")(x, bn, 4, None), "act is 4, expected an index from 0 to 3"),
+        (lambda: ours("normalize")(x, bn, 5, None), "act is 5, expected an index from 0 to 4"),
         (lambda: ours("normalize")(x, bn, 2, x[:1]), r"residual has shape \[1, 5, 7, 6\], expected \[2, 5, 7, 6\]"),
         (lambda: ours("normalize")(x, bn, 2, x.half()), "residual has dtype Half, expected y's Float"),
         (lambda: ours("normalize_backward")(x, x.clone(), bn.half(), 2), "bn has dtype Half, expected float32"),

@@ -144,12 +144,16 @@ def test_squeeze_excite():
     x = torch.randn(2, 4, 3, 3)
     good = [torch.randn(2, 4, 1, 1), torch.randn(2), torch.randn(4, 2, 1, 1), torch.randn(4)]
     assert functional.squeeze_excite(x, *good).shape == x.shape
-    for i, name in enumerate(SqueezeExciteParams._fields):
+    for i, name in enumerate(SqueezeExciteParams._fields[:4]):
         bad = list(good)
         bad[i] = torch.randn(3, 3, 1, 1)
         with pytest.raises(ValueError, match=f"squeeze-excite {'reduce_weight' if i == 0 else name} must be"):
             functional.squeeze_excite(x, *bad)
     inputs = Inputs(Case(excite=True))
+    for wrong in ({"activation": "gelu"}, {"gate": "relu"}):
+        (what,) = wrong
+        with pytest.raises(ValueError, match=f"squeeze-excite {what} must be one of .*, got '{wrong[what]}'"):
+            functional.squeeze_excite(x, *good, **wrong)
     inputs.excite[0] = torch.randn(3, 2, 1, 1, dtype=torch.float64)
     fails(inputs, ValueError, "squeeze-excite reduce_weight must be [3, 13, 1, 1], got [3, 2, 1, 1]")
     with pytest.raises(TypeError, match="SqueezeExciteParams"):

@@ -6,7 +6,7 @@ from blocks import ACTIVATIONS, CASES, Case, Inputs, fused_modes
 
 import mnet_kernels as mk
 
-KINKS = {"identity": (), "relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+KINKS = {"identity": (), "relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "silu": ()}
 SMALL = {"n": 2, "c": 2, "e": 3, "o": 2, "h": 4, "w": 3}
 
 
@@ -14,7 +14,7 @@ def pre_activations(inputs):
     """Every argument of an activation (and of the gate's) in the block, by torch's own ops."""
     case, z, found = inputs.case, inputs.x.detach(), []
     act = {"identity": lambda t: t, "relu": torch.relu, "relu6": torch.nn.functional.relu6}
-    act["hardswish"] = torch.nn.functional.hardswish
+    act |= {"hardswish": torch.nn.functional.hardswish, "silu": torch.nn.functional.silu}
     for i, (weight, bn) in enumerate(zip(inputs.weights, inputs.bns, strict=True)):
         last = i == len(inputs.weights) - 1
         if case.excite and last:

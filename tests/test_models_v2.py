@@ -241,7 +241,7 @@ def test_feature_extractor():
     torchs, ours = twins(**NARROW)
     nodes = {"features.3": "low", "features.18": "high"}
     extractors = [create_feature_extractor(m, nodes) for m in (torchs, ours)]
-    x, _ = batch(size=32)
+    x, _ = batch(size=64)
     with mk.backend("reference"), mk.count_stages() as counts:
         want, got = (e(x) for e in extractors)
     assert counts["mnet_ref::depthwise"] == 17, "the extractor must run the blocks fused"

@@ -21,7 +21,8 @@ def _act_backward(g, u, act):
         return torch.ops.aten.threshold_backward(g, u, 0)
     if name == "relu6":
         return torch.ops.aten.hardtanh_backward(g, u, 0.0, 6.0)
-    return torch.ops.aten.hardswish_backward(g, u) if name == "hardswish" else g
+    backward = {"hardswish": torch.ops.aten.hardswish_backward, "silu": torch.ops.aten.silu_backward}.get(name)
+    return g if backward is None else backward(g, u)
 
 
 def depthwise(x, weight, bn, act, stride, moments):

@@ -9,8 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../pointwise_checks.h"
-#include "../stage_checks.h"
+#include "../finalize_checks.h"
 #include "expand.h"
 
 namespace mnet::cpu {
@@ -57,10 +56,6 @@ Matrix unpack(const at::Tensor& weight) {
   return Matrix(weight.size(0), weight.size(1), floats.const_data_ptr<float>());
 }
 
-void check_count(const char* op, int64_t count) {
-  TORCH_CHECK(count >= 0, op, ": count is ", count, ", expected the number of positions N*H*W");
-}
-
 const float* check_gram(const char* op, const at::Tensor& gram, const at::Tensor& like) {
   TORCH_CHECK(gram.dim() == 2 && gram.size(1) > 0 && gram.size(0) == gram.size(1) + 2, op, ": gram has shape ",
               gram.sizes(), ", expected [C + 2, C], the output of gram");
@@ -86,7 +81,7 @@ static std::tuple<at::Tensor, at::Tensor> expand_finalize(const at::Tensor& gram
   const float *mean = table + c * c, *k = mean + c;
   at::Tensor bn = at::empty({5, e}, gram.options()), means = at::empty({e}, gram.options());
   float *out = bn.mutable_data_ptr<float>(), *out_mean = means.mutable_data_ptr<float>();
-  const double correction = static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1));
+  const double correction = bessel_correction(count);
   for (int64_t i = 0; i < e; ++i) {
     const double *row = w.row(i), *wide = spread.row(i);
     double var = 0.0, mean_k = 0.0, whole = 0.0;

@@ -1,14 +1,14 @@
 #include "depthwise.h"
 
+#include "combine.h"
 #include "depthwise.cuh"
+#include "launch.h"
 
 namespace mnet::cuda {
 
 // Enough blocks to fill any card several times over, and few enough partial moments to combine quickly.
 constexpr int64_t kTargetBlocks = 8192;
 constexpr int64_t kMaxChunks = 2048;
-
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename Traits>
 static DepthwiseTiling make_tiling(const DepthwiseParams& p) {
@@ -20,7 +20,6 @@ static DepthwiseTiling make_tiling(const DepthwiseParams& p) {
   const int64_t wanted = divide_up(kTargetBlocks, t.channel_blocks);
   t.tiles_per_block = divide_up(t.tiles, wanted < kMaxChunks ? wanted : kMaxChunks);
   t.chunks = t.tiles == 0 ? 0 : divide_up(t.tiles, t.tiles_per_block);
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   t.vectorized = p.c % Traits::kVec == 0 && aligned(p.x) && aligned(p.y);
   return t;
 }
@@ -28,19 +27,11 @@ static DepthwiseTiling make_tiling(const DepthwiseParams& p) {
 // Calls f with the traits of a shape and dtype.
 template <typename F>
 static auto with_traits(const DepthwiseParams& p, Dtype dtype, F&& f) {
-  const auto with_shape = [&](auto zero) {
+  return with_storage(dtype, [&](auto zero) {
     using T = decltype(zero);
     if (p.kernel == 3) return p.stride == 1 ? f(DepthwiseTraits<T, 3, 1>{}) : f(DepthwiseTraits<T, 3, 2>{});
     return p.stride == 1 ? f(DepthwiseTraits<T, 5, 1>{}) : f(DepthwiseTraits<T, 5, 2>{});
-  };
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return with_shape(__nv_bfloat16{});
-    case Dtype::kFloat16:
-      return with_shape(__half{});
-    default:
-      return with_shape(float{});
-  }
+  });
 }
 
 int64_t depthwise_workspace(const DepthwiseParams& p, Dtype dtype) {
@@ -57,9 +48,7 @@ static cudaError_t launch(const DepthwiseParams& p, float* workspace, cudaStream
     if (const cudaError_t error = launch_status(); error != cudaSuccess) return error;
   }
   if (p.moments == nullptr) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>(divide_up(p.c, CombineTraits::kChannels));
-  MNET_LAUNCH(combine_moments, blocks, CombineTraits::kThreads, stream, workspace, tiling.chunks, p.c, p.moments);
-  return launch_status();
+  return combine_moments(workspace, tiling.chunks, p.c, p.moments, stream);
 }
 
 cudaError_t depthwise(const DepthwiseParams& p, Dtype dtype, float* workspace, cudaStream_t stream) {

@@ -6,6 +6,7 @@
 #include "../common/params.h"
 #include "../common/plant.h"
 #include "device.h"
+#include "pack.cuh"
 
 namespace mnet::cuda {
 
@@ -17,7 +18,7 @@ namespace mnet::cuda {
 //            from shared memory serves up to kKernel outputs, and kKernel weights stay in registers.  A quarter warp
 //            reads the 128 bytes of one pixel: no bank conflicts.
 //   moments  of the thread's outputs, merged into thread-private slots in shared memory (no registers across tiles),
-//            over threads once per block, over blocks by `combine_moments`: a fixed order, hence deterministic.
+//            over threads once per block, over blocks by combine.h: a fixed order, hence deterministic.
 template <typename T_, int kKernel_, int kStride_>
 struct DepthwiseTraits {
   using T = T_;
@@ -59,28 +60,6 @@ struct DepthwiseTiling {
   bool vectorized;         // 16-byte accesses to x and y are aligned and end within c
 };
 
-template <typename Traits>
-MNET_DEVICE Pack<typename Traits::T> load_pack(const typename Traits::T* from, int valid, bool vectorized) {
-  using T = typename Traits::T;
-  if (vectorized) return *reinterpret_cast<const Pack<T>*>(from);
-  Pack<T> pack;
-  MNET_UNROLL
-  for (int v = 0; v < Traits::kVec; ++v) pack.lane[v] = v < valid ? from[v] : from_float<T>(0.f);
-  return pack;
-}
-
-template <typename Traits>
-MNET_DEVICE void store_pack(typename Traits::T* to, const Pack<typename Traits::T>& pack, int valid, bool vectorized) {
-  if (vectorized) {
-    *reinterpret_cast<Pack<typename Traits::T>*>(to) = pack;
-    return;
-  }
-  MNET_UNROLL
-  for (int v = 0; v < Traits::kVec; ++v) {
-    if (MNET_PLANT(1, v < valid, v + 1 < valid)) to[v] = pack.lane[v];
-  }
-}
-
 // Fills the tile: pixels from (top, left) of one image, whose first channel of this thread is at `image`.
 template <typename Traits>
 MNET_DEVICE void load_tile(const DepthwiseParams& p, const typename Traits::T* image, int top, int left, int valid,
@@ -104,9 +83,7 @@ MNET_DEVICE void load_tile(const DepthwiseParams& p, const typename Traits::T* i
       const int pixel = first + u * kStep;
       const int ih = top + pixel / Traits::kInW, iw = left + pixel % Traits::kInW;
       inside[u] = pixel < Traits::kPixels && valid > 0 && ih >= 0 && ih < p.h && iw >= 0 && iw < p.w;
-      MNET_UNROLL
-      for (int v = 0; v < Traits::kVec; ++v) z[u].lane[v] = from_float<T>(0.f);
-      if (inside[u]) z[u] = load_pack<Traits>(image + (int64_t{ih} * p.w + iw) * p.c, valid, vectorized);
+      z[u] = inside[u] ? load_pack(image + (int64_t{ih} * p.w + iw) * p.c, valid, vectorized) : zero_pack<T>();
     }
     if (p.bn != nullptr) {
       with_activation(p.act, [&](auto act) {
@@ -239,7 +216,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
           stored.lane[v] = from_float<T>(out[o][v]);
           out[o][v] = to_float(stored.lane[v]);
         }
-        store_pack<Traits>(to + int64_t{o} * p.out_w * p.c, stored, valid, tiling.vectorized);
+        store_pack(to + int64_t{o} * p.out_w * p.c, stored, MNET_PLANT(1, valid, valid - 1), tiling.vectorized);
       }
     }
     if (p.moments != nullptr && rows > 0) {
@@ -281,50 +258,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
   partial[0] = sum.count;
   partial[p.c] = sum.mean;
   partial[2 * int64_t{p.c}] = sum.m2;
-}
-
-struct CombineTraits {
-  static constexpr int kChannels = 32;  // a warp reads 128 bytes of each partial
-  static constexpr int kRuns = 16;      // of partials, interleaved
-  static constexpr int kThreads = kChannels * kRuns;
-};
-
-// workspace [chunks, 3, c] of count, mean, M2 -> moments [2, c] of mean, biased variance.
-//
-// The partials are summed in double, shifted by the first one's mean (moments.h): unlike Chan's formula this divides
-// only at the end, and equal means still give exactly zero.  The order is fixed.
-__global__ void __launch_bounds__(CombineTraits::kThreads)
-    combine_moments(const float* __restrict__ workspace, int64_t chunks, int32_t c, float* __restrict__ moments) {
-  MNET_SHARED(double, sums, [3][CombineTraits::kRuns][CombineTraits::kChannels]);
-  const int lane = threadIdx.x % CombineTraits::kChannels, run = threadIdx.x / CombineTraits::kChannels;
-  const int64_t channel = int64_t{blockIdx.x} * CombineTraits::kChannels + lane;
-  const bool exists = channel < c && chunks > 0;
-  const double shift = exists ? static_cast<double>(workspace[c + channel]) : 0.0;
-  double count = 0.0, sum1 = 0.0, sum2 = 0.0;
-  if (exists) {
-    MNET_UNROLL_BY(4)
-    for (int64_t chunk = run; chunk < MNET_PLANT(10, chunks, chunks - 1); chunk += CombineTraits::kRuns) {
-      const float* partial = workspace + chunk * 3 * c + channel;
-      const double n = partial[0], d = partial[c] - shift;
-      count += n;
-      sum1 += n * d;
-      sum2 += partial[2 * int64_t{c}] + n * d * d;
-    }
-  }
-  sums[0][run][lane] = count;
-  sums[1][run][lane] = sum1;
-  sums[2][run][lane] = sum2;
-  MNET_PLANT(11, __syncthreads(), (void)0);
-  if (run != 0 || channel >= c) return;
-  for (int r = 1; r < CombineTraits::kRuns; ++r) {
-    count += sums[0][r][lane];
-    sum1 += sums[1][r][lane];
-    sum2 += sums[2][r][lane];
-  }
-  Moments<double> total{0.0, 0.0, 0.0};
-  if (count > 0.0) total = from_shifted(count, shift, sum1, sum2);
-  moments[channel] = static_cast<float>(total.mean);
-  moments[c + channel] = count > 0.0 ? static_cast<float>(total.m2 / count) : 0.f;
 }
 
 }  // namespace mnet::cuda

@@ -1,7 +1,8 @@
 // The few words of CUDA that differ when a kernel's source is run on the CPU by the tests (csrc/tests/cuda_host.h).
 //
-// The rules that keep a kernel runnable there: shared memory is declared with MNET_SHARED, kernels are launched with
-// MNET_LAUNCH, there is no inline PTX, and every thread of a block reaches every __syncthreads.
+// The rules that keep a kernel runnable there: shared memory is declared with MNET_SHARED or MNET_DYNAMIC_SHARED, kernels
+// are launched with MNET_LAUNCH or MNET_LAUNCH_DYNAMIC, inline PTX stands in mma.cuh alone, and every thread of a block
+// reaches every __syncthreads.
 #pragma once
 
 #if defined(MNET_CUDA_ON_HOST)
@@ -15,9 +16,21 @@
 // Aligned for 16-byte accesses.  `dims` are the array's brackets: MNET_SHARED(float, sums, [2][32]);
 #define MNET_SHARED(type, name, dims) __shared__ __align__(16) type name dims
 #define MNET_LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
+// As many bytes as MNET_LAUNCH_DYNAMIC gives (allow_shared first), once a kernel, as a pointer to `type`.
+#define MNET_DYNAMIC_SHARED(type, name)                     \
+  extern __shared__ __align__(128) char dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared)
+#define MNET_LAUNCH_DYNAMIC(kernel, grid, block, bytes, stream, ...) \
+  (kernel)<<<(grid), (block), (bytes), (stream)>>>(__VA_ARGS__)
 
 namespace mnet::cuda {
 inline cudaError_t launch_status() { return cudaGetLastError(); }
+
+// Lets a kernel have more than 48 KiB of shared memory.  Allowed while a graph is captured.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 }  // namespace mnet::cuda
 #endif
 

@@ -6,7 +6,8 @@
 // their shared memory freshly allocated and filled with NaN.  Reported as exceptions: a barrier that some threads never
 // reach, threads at two different barriers, exchanges that never complete.
 //
-// Not modelled: memory ordering between blocks, bank conflicts, register limits, anything in inline PTX.
+// Not modelled: memory ordering between blocks, bank conflicts, register limits.  What cuda/mma.cuh says in PTX is
+// emulated by mma_host.h on the warp-wide operations (`collective`) and asynchronous copies of this file.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,6 +20,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -28,10 +30,12 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define MNET_HOST_ASAN 1
 #elif defined(__has_feature)
 #if __has_feature(address_sanitizer)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define MNET_HOST_ASAN 1
 #endif
@@ -65,13 +69,21 @@ struct Place {
   std::string text() const { return std::string(file) + ":" + std::to_string(line); }
 };
 
-// A lane's part of a warp exchange: it gives `in` and takes the `in` of lane `source`.
+// A lane's part of a warp exchange.  `complete` does the whole exchange once all lanes of the mask are there; it gets
+// the parts of the warp's 32 lanes, nullptr for those outside the mask.
 struct Exchange {
   unsigned mask;
-  int source;
+  void (*complete)(Exchange* const* lanes);
+  int source;  // of a shuffle: the lane whose `in` it takes
   size_t size;
   const void* in;
   void* out;
+};
+
+// 16 bytes on their way to shared memory; from nowhere: zeros.
+struct AsyncCopy {
+  void* to;
+  const void* from;
 };
 
 // Where a suspended thread or the scheduler goes on.  On x86-64 a switch saves the registers a call must keep and the
@@ -115,7 +127,9 @@ struct Fiber {
   State state;
   Place place;
   Exchange exchange;
-  void* fake_stack;  // AddressSanitizer's
+  std::vector<AsyncCopy> copies;  // not waited for yet
+  std::vector<size_t> groups;     // how many of `copies` each committed group ends at
+  void* fake_stack;               // AddressSanitizer's
 };
 
 struct Shared {
@@ -126,9 +140,11 @@ struct Shared {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Shared> shared;
+  size_t dynamic_bytes = 0;
   std::function<void()> kernel;
   std::mt19937_64 random;
   Fiber* running = nullptr;
+  std::exception_ptr error;  // thrown in a thread
   Context scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -137,6 +153,7 @@ struct Block {
 
 inline Block block;
 inline Schedule schedule = Schedule::kForward;
+inline const char dynamic_key = 0;
 
 inline void* shared_memory(const void* key, size_t size) {
   for (const Shared& s : block.shared) {
@@ -167,7 +184,11 @@ inline void fiber_main() {
 #if defined(MNET_HOST_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_size);
 #endif
-  block.kernel();
+  try {
+    block.kernel();
+  } catch (...) {
+    block.error = std::current_exception();
+  }
   block.running->state = State::kDone;
   leave(true);
 }
@@ -188,6 +209,15 @@ inline void fail(const std::string& what) {
   throw std::runtime_error("block " + std::to_string(blockIdx.x) + ": " + what);
 }
 
+inline void shuffle(Exchange* const* lanes) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (lanes[lane] == nullptr) continue;
+    const Exchange& to = *lanes[lane];
+    if (lanes[to.source] != nullptr) std::memcpy(to.out, lanes[to.source]->in, to.size);
+    if (lanes[to.source] == nullptr) std::memset(to.out, 0xff, to.size);
+  }
+}
+
 // Completes the exchange `fiber` waits in, once all lanes of its mask are there.
 inline void try_exchange(const Fiber& fiber) {
   const size_t index = &fiber - block.fibers.data(), warp = index / kWarp * kWarp;
@@ -198,17 +228,15 @@ inline void try_exchange(const Fiber& fiber) {
     if (warp + lane >= block.fibers.size()) fail("mask names lanes beyond the block at " + fiber.place.text());
     const Fiber& other = block.fibers[warp + lane];
     if (other.state != State::kExchange) return;
-    if (!(other.place == fiber.place) || other.exchange.mask != mask) {
+    if (!(other.place == fiber.place) || other.exchange.mask != mask || other.exchange.complete != fiber.exchange.complete) {
       fail("exchanges at " + fiber.place.text() + " and " + other.place.text() + " meet");
     }
   }
+  Exchange* lanes[kWarp] = {};
   for (int lane = 0; lane < kWarp; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    const Exchange& to = block.fibers[warp + lane].exchange;
-    const bool given = mask >> to.source & 1;
-    if (given) std::memcpy(to.out, block.fibers[warp + to.source].exchange.in, to.size);
-    if (!given) std::memset(to.out, 0xff, to.size);
+    if (mask >> lane & 1) lanes[lane] = &block.fibers[warp + lane].exchange;
   }
+  fiber.exchange.complete(lanes);
   for (int lane = 0; lane < kWarp; ++lane) {
     if (mask >> lane & 1) block.fibers[warp + lane].state = State::kReady;
   }
@@ -218,6 +246,7 @@ inline void try_exchange(const Fiber& fiber) {
 inline bool step(Fiber& fiber) {
   if (fiber.state != State::kReady) return false;
   resume(fiber);
+  if (block.error != nullptr) std::rethrow_exception(block.error);
   if (fiber.state == State::kExchange) try_exchange(fiber);
   return true;
 }
@@ -270,10 +299,11 @@ inline bool open_barrier(bool progress) {
 }
 
 template <typename F>
-void launch(dim3 grid, dim3 threads, F&& kernel) {
+void launch(dim3 grid, dim3 threads, size_t dynamic_bytes, F&& kernel) {
   if (grid.y * grid.z * threads.y * threads.z != 1) throw std::runtime_error("only one-dimensional launches are run here");
   gridDim = grid;
   blockDim = threads;
+  block.dynamic_bytes = dynamic_bytes;
   block.kernel = kernel;
   block.fibers.resize(threads.x);
   std::vector<unsigned> blocks(grid.x);
@@ -286,6 +316,11 @@ void launch(dim3 grid, dim3 threads, F&& kernel) {
       if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
       fiber.index = {t, 0, 0};
       fiber.state = State::kReady;
+      fiber.copies.clear();
+      fiber.groups.clear();
+#if defined(MNET_HOST_ASAN)
+      __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);  // frames of a thread that has ended
+#endif
       prepare_context(fiber.context, fiber.stack.get(), kStackBytes, fiber_main);
     }
     while (open_barrier(run_round())) {
@@ -303,12 +338,18 @@ inline void wait(State state, Place place) {
 template <typename T>
 T exchange(unsigned mask, T value, int source, Place place) {
   T result{};
-  block.running->exchange = {mask, source, sizeof(T), &value, &result};
+  block.running->exchange = {mask, &shuffle, source, sizeof(T), &value, &result};
   wait(State::kExchange, place);
   return result;
 }
 
 inline int lane() { return static_cast<int>(threadIdx.x % kWarp); }
+
+// An operation of the whole warp.
+inline void collective(void (*complete)(Exchange* const*), const void* in, void* out, Place place) {
+  block.running->exchange = {~0u, complete, 0, 0, in, out};
+  wait(State::kExchange, place);
+}
 
 }  // namespace mnet::host
 
@@ -337,9 +378,19 @@ T __shfl_down_sync(unsigned mask, T value, int by, MNET_HERE) {
   static const char name##_key = 0;     \
   using name##_type = type dims;        \
   name##_type& name = *static_cast<name##_type*>(mnet::host::shared_memory(&name##_key, sizeof(name##_type)))
+#define MNET_DYNAMIC_SHARED(type, name) \
+  type* const name =                     \
+      static_cast<type*>(mnet::host::shared_memory(&mnet::host::dynamic_key, mnet::host::block.dynamic_bytes))
+#define MNET_LAUNCH_DYNAMIC(kernel, grid, block_size, bytes, stream, ...) \
+  ((void)(stream), mnet::host::launch((grid), (block_size), (bytes), [&] { (kernel)(__VA_ARGS__); }))
 #define MNET_LAUNCH(kernel, grid, block_size, stream, ...) \
-  ((void)(stream), mnet::host::launch((grid), (block_size), [&] { (kernel)(__VA_ARGS__); }))
+  MNET_LAUNCH_DYNAMIC(kernel, grid, block_size, 0, stream, __VA_ARGS__)
 
 namespace mnet::cuda {
 inline cudaError_t launch_status() { return cudaSuccess; }
+
+template <typename Kernel>
+cudaError_t allow_shared(Kernel*, int bytes) {
+  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // what every card from 8.0 on has
+}
 }  // namespace mnet::cuda

@@ -160,7 +160,7 @@ int main() {
       std::vector<Shape> shapes;
       for (const int kernel : {3, 5}) {
         for (const int stride : {1, 2}) {
-          for (int act = -1; act < kNumActivations; ++act) shapes.push_back({2, 24, 9, 13, kernel, stride, act, (act + 2) % 4, act == 1, 0});
+          for (int act = -1; act < kNumActivations; ++act) shapes.push_back({2, 24, 9, 13, kernel, stride, act, (act + 2) % kNumActivations, act == 1, 0});
           for (const int c : {1, 3, 8, 13, 16, 37, 72, 130}) shapes.push_back({2, c, 7, 6, kernel, stride, 2, 0, c == 13, 0});
           shapes.push_back({3, 16, 1, 1, kernel, stride, 3, 3, false, 0});
           shapes.push_back({1, 8, 2, 67, kernel, stride, 1, 0, true, 0});

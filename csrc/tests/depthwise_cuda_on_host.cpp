@@ -2,7 +2,8 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "../cuda/depthwise.cu"  // the launcher itself, its launches replaced
+#include "../cuda/combine.cu"  // the launchers themselves, their launches replaced
+#include "../cuda/depthwise.cu"
 #include "depthwise_reference.h"
 
 using namespace mnet;

@@ -27,6 +27,7 @@ class Layer(NamedTuple):
     act: int
     eps: float
     batch_stats: bool
+    group: object = None  # of processes, over which the batch statistics are taken
 
 
 class Block(NamedTuple):
@@ -41,7 +42,7 @@ class Block(NamedTuple):
     mode: str
     layers: tuple[Layer, ...]
     residual: bool
-    excite: bool
+    excite: tuple[str, str] | None  # the names of squeeze-excite's activation and gate
     source_act: int | None = None  # x is raw: its bn table is the last tensor, this its activation
     raw: bool = False  # the output is raw, followed by its bn table
 

@@ -17,7 +17,7 @@ def forward(stage, block, x, layers, weights, excite):
     gates, gate = [], None
     if block.excite:
         squeezed = stage.squeeze(y2, bn2, depthwise.act)
-        gates = [squeezed, *se.gate(squeezed[0], excite)]
+        gates = [squeezed, *se.gate(block.excite, squeezed[0], excite)]
         gate = gates[1]
     y3, moments = stage.pointwise(y2, w3, bn2, depthwise.act, gate, project.batch_stats)
     bn3 = coefficients(stage, project, layers[2], moments, y3)
@@ -57,7 +57,7 @@ def backward(stage, block, grad, x, saved, weights, excite, needs_x, needs):
     if not below:
         return None, grads
     if gates:
-        offset, sums, grads[count:] = se.backward(sums, *gates, excite, y2.shape[2] * y2.shape[3])
+        offset, sums, grads[count:] = se.backward(block.excite, sums, *gates, excite, y2.shape[2] * y2.shape[3])
     coef2 = backward_coefficients(stage, depthwise, sums, bn2, y2)
     batch_norm_grads(1, coef2[2], coef2[3])
 

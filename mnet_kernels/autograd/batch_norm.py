@@ -19,13 +19,36 @@ def _vector(t, dtype):
     return None if t is None else t.to(dtype)
 
 
+def _moments_of_all(moments, count, group):
+    """Moments over the batches of every process of a group (their sizes may differ), and the number of positions.
+
+    The number stays on the device, as the processes' own do: nothing waits for it.
+    """
+    own = torch.cat([moments.double().flatten(), moments.new_tensor([count], dtype=torch.float64)])
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, own, group=group)
+    parts = torch.stack(parts)
+    counts = parts[:, -1:]
+    means, variances = parts[:, :-1].view(len(parts), *moments.shape).unbind(1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    var = (counts * (variances + (means - mean).square())).sum(0) / total
+    return torch.stack([mean, var]).to(moments.dtype), total.to(moments.dtype)
+
+
 def coefficients(stage, layer, tensors, moments, y):
     """bn [5, C] of a layer: from the batch's moments of its raw output y, or from the running statistics."""
     _, gamma, beta, mean, var = tensors
     dtype = accumulate_dtype(y.dtype)
     if not layer.batch_stats:
         moments = torch.stack([mean.to(dtype), var.to(dtype)])
-    return stage.finalize(moments, _vector(gamma, dtype), _vector(beta, dtype), layer.eps, positions(y))
+    total = None
+    if layer.group is not None:
+        moments, total = _moments_of_all(moments, positions(y), layer.group)
+    bn = stage.finalize(moments, _vector(gamma, dtype), _vector(beta, dtype), layer.eps, positions(y))
+    if total is not None:
+        bn[4] = moments[1] * (total / (total - 1))
+    return bn
 
 
 def expand_coefficients(stage, layer, tensors, weight, x):
@@ -45,4 +68,12 @@ def expand_coefficients(stage, layer, tensors, weight, x):
 
 def backward_coefficients(stage, layer, sums, bn, y):
     """coef [4, C] of a layer's batch norm from the sums over its upstream gradient."""
-    return stage.finalize_backward(sums, bn, positions(y), layer.batch_stats)
+    if layer.group is None:
+        return stage.finalize_backward(sums, bn, positions(y), layer.batch_stats)
+    # The affine is of everyone's sums; gamma's and beta's gradients are of one's own, as every other parameter's.
+    own = torch.cat([sums.double().flatten(), sums.new_tensor([positions(y)], dtype=torch.float64)])
+    torch.distributed.all_reduce(own, group=layer.group)
+    shared, total = own[:-1].view(sums.shape).to(sums.dtype), own[-1].to(sums.dtype)
+    coef = stage.finalize_backward(sums, bn, 1, True)
+    coef[:2] = stage.finalize_backward(shared, bn, 1, True)[:2] / total
+    return coef

@@ -23,7 +23,7 @@ def forward(stage, block, x, layers, weights, extra):
     for i, (layer, weight) in enumerate(zip(block.layers, weights, strict=True)):
         if block.excite and i == len(weights) - 1:
             squeezed = stage.squeeze(y, bn, act)
-            gates = [squeezed, *se.gate(squeezed[0], extra)]
+            gates = [squeezed, *se.gate(block.excite, squeezed[0], extra)]
             gate = gates[1]
         if layer.kind == "pointwise":
             y, moments = stage.pointwise(y, weight, bn, act, gate, layer.batch_stats)
@@ -64,7 +64,7 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
         excited = block.excite and i == count - 1
         below = needs_x or any(needs[:at]) or (excited and any(needs[count * PER_LAYER :]))
         if not (below or needs[at]):
-            continue
+            break
         source, bn, act = (maps[i - 1], bns[i - 1], block.layers[i - 1].act) if i else _source(block, x, extra)
         upstream = (grad, maps[i], bns[i], coef, y_act)
         skip = residual if i == 0 else None
@@ -84,7 +84,7 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
         if excited:
             area = source.shape[2] * source.shape[3]
             gate, y_act = gates[1], act
-            offset, sums, grads[count * PER_LAYER :] = se.backward(sums, *gates, extra, area)
+            offset, sums, grads[count * PER_LAYER :] = se.backward(block.excite, sums, *gates, extra, area)
         if i == 0:
             dx = grad
             if block.source_act is not None:

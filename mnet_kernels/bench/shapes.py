@@ -34,7 +34,7 @@ class Layer(NamedTuple):
 class _Recorder(TorchFunctionMode):
     """Writes down the convolutions that run, and the activation before each."""
 
-    ACTIVATIONS = {F.relu: "relu", F.relu6: "relu6", F.hardtanh: "relu6", F.hardswish: "hardswish"}
+    ACTIVATIONS = {F.relu: "relu", F.relu6: "relu6", F.hardtanh: "relu6", F.hardswish: "hardswish", F.silu: "silu"}
 
     def __init__(self):
         super().__init__()

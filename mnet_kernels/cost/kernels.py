@@ -148,8 +148,10 @@ def _convolution_backward(layer, args, outputs):
 
 # Element-wise ops that torch.compile fuses into the batch norm beside them.
 _FUSED_AWAY = {
-    "relu", "relu_", "hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "clone", "expand", "div",
+    "relu", "relu_", "hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "silu", "silu_", "sigmoid",
+    "clone", "expand", "div",
     "threshold_backward", "hardtanh_backward", "hardswish_backward", "hardsigmoid_backward",
+    "silu_backward", "sigmoid_backward",
 }  # fmt: skip
 
 

@@ -33,13 +33,6 @@ class FusedConvBNAct(FusedModule, nn.Sequential):
     def run_native(self, x):
         return nn.Sequential.forward(self, x)
 
-    @classmethod
-    def of(cls, modules, backend=None, mode=None):
-        """Wrap existing modules (conv, batch norm[, activation]), sharing them."""
-        self = cls.__new__(cls)
-        FusedConvBNAct.__init__(self, *modules, backend=backend, mode=mode)
-        return self
-
 
 def _modules(conv, norm_layer, activation_layer):
     modules = [conv, (norm_layer or nn.BatchNorm2d)(conv.out_channels)]
@@ -57,7 +50,7 @@ class FusedDepthwiseConvBNAct(FusedConvBNAct):
         stride: 1 or 2 to run fused.
         dilation: 1 to run fused (padding dilation * (kernel_size // 2)).
         norm_layer: makes the norm from C; fused if it is nn.BatchNorm2d.
-        activation_layer: nn.ReLU, nn.ReLU6 or nn.Hardswish to run fused; None for none.
+        activation_layer: nn.ReLU, nn.ReLU6, nn.Hardswish or nn.SiLU to run fused; None for none.
         backend, mode: pin the choice of ``mnet_kernels.backend``.
     """
 

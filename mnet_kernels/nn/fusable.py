@@ -11,8 +11,27 @@ from torch.nn.modules import module as _torch_module
 
 from ..params import BatchNormParams, ConvBNAct, SqueezeExciteParams
 
-ACTIVATIONS = {nn.Identity: "identity", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish"}
+ACTIVATIONS = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.SiLU: "silu",
+}
+SE_ACTIVATIONS = {cls: ACTIVATIONS[cls] for cls in (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)}
+GATES = {nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid"}
+# Squeeze-excite's children: (reduce, activation, expand, gate), and those that are what they always are.
+SQUEEZE_EXCITE = (
+    (("fc1", "activation", "fc2", "scale_activation"), ("avgpool",)),
+    (("conv_reduce", "act1", "conv_expand", "gate"), ()),
+)
+NORM_ACT = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def qualified_name(module):
+    """The class by its full name: libraries that may not be installed are recognised without importing them."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def global_hooks():
@@ -72,9 +91,18 @@ def conv(module, kind, name):
     return None
 
 
+def batch_norm(module, name):
+    """nn.BatchNorm2d or nn.SyncBatchNorm, or timm's subclasses of them that hold the activation too."""
+    if qualified_name(module) not in NORM_ACT:
+        return untouched(module, name) if type(module) is nn.SyncBatchNorm else _plain(module, nn.BatchNorm2d, name)
+    if type(module.drop) is not nn.Identity:
+        return f"{name} drops values ({type(module.drop).__name__})"
+    return untouched(module, name) or untouched(module.drop, name)
+
+
 def conv_bn_act(conv_, bn, act, kind, name):
     """A whole layer; ``act`` None is no activation."""
-    why = conv(conv_, kind, f"{name} convolution") or _plain(bn, nn.BatchNorm2d, f"{name} batch norm")
+    why = conv(conv_, kind, f"{name} convolution") or batch_norm(bn, f"{name} batch norm")
     if why or act is None:
         return why
     if type(act) not in ACTIVATIONS:
@@ -88,27 +116,44 @@ def layer(conv_, bn, act, kind):
     return ConvBNAct(kind, conv_.weight, BatchNormParams.of(bn), activation, conv_.stride[0])
 
 
+def _excite_children(module):
+    """Names of the first convolution, the activation, the second and the gate; other children allowed."""
+    for names, others in SQUEEZE_EXCITE:
+        if set(module._modules) == {*names, *others}:
+            return names, others
+    return None
+
+
 def squeeze_excite(module):
-    """torchvision's structure: fc1, activation ReLU, fc2, scale_activation Hardsigmoid."""
+    """torchvision's SqueezeExcitation or timm's SqueezeExcite, by their structure."""
     name = "squeeze-excite"
-    children = dict(module.named_children())
-    if set(children) != {"avgpool", "fc1", "fc2", "activation", "scale_activation"}:
-        return f"{name} is {type(module).__name__}, not torchvision's structure"
-    expected = {"fc1": nn.Conv2d, "fc2": nn.Conv2d, "activation": nn.ReLU, "scale_activation": nn.Hardsigmoid}
+    found = _excite_children(module)
+    if found is None:
+        return f"{name} is {type(module).__name__}, not torchvision's or timm's structure"
+    (reduce, activation, expand, gate), others = found
+    children = module._modules
     why = untouched(module, name)
-    for child, cls in expected.items():
-        why = why or _plain(children[child], cls, f"{name} {child}")
-    why = why or untouched(children["avgpool"], f"{name} avgpool")
-    for child in ("fc1", "fc2"):
+    for child in (reduce, expand):
         fc = children[child]
+        why = why or _plain(fc, nn.Conv2d, f"{name} {child}")
         if not why and (fc.kernel_size != (1, 1) or fc.groups != 1 or fc.stride != (1, 1) or fc.padding != (0, 0)):
             why = f"{name} {child} is not a plain 1x1 convolution"
+    for child, known in ((activation, SE_ACTIVATIONS), (gate, GATES)):
+        if not why and type(children[child]) not in known:
+            why = f"{name} {child} is {type(children[child]).__name__}"
+        why = why or untouched(children[child], f"{name} {child}")
+    for child in others:
+        why = why or untouched(children[child], f"{name} {child}")
     return why
 
 
 def squeeze_excite_params(module):
-    """The four tensors, for the functional API."""
-    return SqueezeExciteParams(module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)
+    """The four tensors and the two functions, for the functional API."""
+    (reduce, activation, expand, gate), _ = _excite_children(module)
+    reduce, activation, expand, gate = (module._modules[name] for name in (reduce, activation, expand, gate))
+    return SqueezeExciteParams(
+        reduce.weight, reduce.bias, expand.weight, expand.bias, SE_ACTIVATIONS[type(activation)], GATES[type(gate)]
+    )
 
 
 def as_leaf(module, x):

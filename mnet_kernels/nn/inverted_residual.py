@@ -23,7 +23,7 @@ class FusedInvertedResidual(FusedModule, nn.Module):
         expand_ratio: the hidden width is round(inp * expand_ratio); 1 has no expand layer.
         norm_layer: makes a norm from a channel count; fused if it is nn.BatchNorm2d.
         kernel_size: of the depthwise layer, 3 or 5.
-        activation_layer: nn.ReLU, nn.ReLU6 or nn.Hardswish.
+        activation_layer: nn.ReLU, nn.ReLU6, nn.Hardswish or nn.SiLU.
         squeeze_channels: width of squeeze-excite's hidden layer; None for no squeeze-excite.
         dilation: of the depthwise layer; a dilated block has stride 1 there (and no residual if stride is 2), and runs
             its layers one by one.
@@ -82,17 +82,6 @@ class FusedInvertedResidual(FusedModule, nn.Module):
         self.out_channels = out_channels
         self._is_cn = stride > 1  # torchvision's mark of the blocks before which the resolution changes
         self.backend, self.mode = backend, mode
-
-    @classmethod
-    def of(cls, block, backend=None, mode=None):
-        """Wrap torchvision's InvertedResidual (V2's or V3's), sharing its children."""
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        body = next(name for name in _BODIES.values() if name in block._modules)
-        stride = block.stride if hasattr(block, "stride") else 1 + block._is_cn
-        layers = block._modules[body]
-        self._set(body, layers, stride, block.use_res_connect, block.out_channels, backend, mode)
-        return self.train(block.training)
 
     def _roles(self):
         """(expand container or None, depthwise container, squeeze-excite or None, project, batch norm)."""

@@ -57,7 +57,7 @@ def _act(u, act):
     name = schema.ACTIVATIONS[act]
     if name == "identity":
         return u
-    return {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish}[name](u)
+    return {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}[name](u)
 
 
 def _act_grad(u, act):
@@ -69,7 +69,8 @@ def _act_grad(u, act):
         return (u > 0).to(u.dtype)
     if name == "relu6":
         return torch.ops.aten.hardtanh_backward(one, u, 0.0, 6.0)
-    return torch.ops.aten.hardswish_backward(one, u)
+    backward = torch.ops.aten.silu_backward if name == "silu" else torch.ops.aten.hardswish_backward
+    return backward(one, u)
 
 
 def _normalized(y, bn):

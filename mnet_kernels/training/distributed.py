@@ -35,8 +35,11 @@ def rank():
 
 @contextlib.contextmanager
 def joined(device):
-    """Join the processes that torchrun started: by gloo on the CPU, by nccl on CUDA, one card each."""
-    if not launched():
+    """Join the processes that torchrun started: by gloo on the CPU, by nccl on CUDA, one card each.
+
+    A process group that is there already is used and left as it is.
+    """
+    if not launched() or dist.is_initialized():
         yield
         return
     if device == "cuda":

@@ -22,6 +22,8 @@ def activate(u, ACT: tl.constexpr):
         v = u + 3.0
         v = tl.where(v < 0.0, 0.0, v)
         u = u * tl.where(v > 6.0, 6.0, v) * (1.0 / 6.0)
+    elif ACT == 4:
+        u = u / (1.0 + tl.exp(-u))
     return u
 
 
@@ -34,6 +36,9 @@ def masked(g, u, ACT: tl.constexpr):
         g = g * tl.where((u <= 0.0) | (u >= 6.0), 0.0, 1.0)
     elif ACT == 3:
         g = g * tl.where(u <= -3.0, 0.0, tl.where(u >= 3.0, 1.0, u * (1.0 / 3.0) + 0.5))
+    elif ACT == 4:
+        s = 1.0 / (1.0 + tl.exp(-u))
+        g = g * s * (1.0 + u * (1.0 - s))
     return g
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ... import schema
 from .. import FUSED_DTYPES
 from . import INTERPRETED
 from . import configs as _configs
@@ -114,8 +115,9 @@ def check_weight(w, shape, like):
 
 def check_act(name, act, bn_given=True):
     """An activation's index."""
-    if not 0 <= act <= 3:
-        raise RuntimeError(f"{name} is {act}; expected an index from 0 to 3 (schema.ACTIVATIONS)")
+    if not 0 <= act < len(schema.ACTIVATIONS):
+        last = len(schema.ACTIVATIONS) - 1
+        raise RuntimeError(f"{name} is {act}; expected an index from 0 to {last} (schema.ACTIVATIONS)")
     if act and not bn_given:
         raise RuntimeError(f"{name} is {act} without bn; expected 0: an activation is applied to a normalised value")
 

@@ -1,0 +1,51 @@
+// mnet_cuda::normalize, normalize_backward and squeeze: check, allocate, launch on torch's current stream.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../normalize_checks.h"
+#include "check_device.h"
+#include "normalize.h"
+
+namespace mnet::cuda {
+
+static at::Tensor normalize_op(const at::Tensor& y, const at::Tensor& bn, int64_t act,
+                               const std::optional<at::Tensor>& residual) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  check_device("normalize", y.device());
+  const NormalizeCall call = prepare_normalize(y, bn, act, residual);
+  check_launch("normalize", normalize(call.params, call.dtype, c10::cuda::getCurrentCUDAStream().stream()));
+  return call.result;
+}
+
+static at::Tensor normalize_backward_op(const at::Tensor& grad, const at::Tensor& y, const at::Tensor& bn, int64_t act) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  check_device("normalize_backward", y.device());
+  const NormalizeCall call = prepare_normalize_backward(grad, y, bn, act);
+  const int64_t floats = normalize_backward_workspace(call.params, call.dtype);
+  const at::Tensor workspace = at::empty({floats}, y.options().dtype(at::kFloat));
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
+  check_launch("normalize_backward",
+               normalize_backward(call.params, call.dtype, workspace.mutable_data_ptr<float>(), stream));
+  return call.result;
+}
+
+static at::Tensor squeeze_op(const at::Tensor& y, const at::Tensor& bn, int64_t act) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  check_device("squeeze", y.device());
+  const NormalizeCall call = prepare_squeeze(y, bn, act);
+  const int64_t floats = squeeze_workspace(call.params, call.dtype);
+  const at::Tensor workspace = at::empty({floats}, y.options().dtype(at::kFloat));
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
+  check_launch("squeeze", squeeze(call.params, call.dtype, workspace.mutable_data_ptr<float>(), stream));
+  return call.result;
+}
+
+}  // namespace mnet::cuda
+
+TORCH_LIBRARY_IMPL(mnet_cuda, CUDA, m) {
+  m.impl("normalize", &mnet::cuda::normalize_op);
+  m.impl("normalize_backward", &mnet::cuda::normalize_backward_op);
+  m.impl("squeeze", &mnet::cuda::squeeze_op);
+}

@@ -1,0 +1,68 @@
+// normalize, normalize_backward and squeeze in CUDA, run on the CPU (cuda_host.h) under every schedule, against loops in
+// double.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+
+#include "../cuda/combine.cu"
+#include "../cuda/normalize.cu"
+#include "normalize_reference.h"
+
+using namespace mnet;
+using namespace mnet::test;
+
+static void run(NormalizeProblem& problem, bool residual) {
+  NormalizeParams p = problem.params;
+  if (!residual) p.operand = nullptr;
+  if (cuda::normalize(p, problem.dtype, nullptr) != cudaSuccess) ++failures;
+  p = problem.with_table(problem.sums);
+  std::vector<float> workspace(cuda::normalize_backward_workspace(p, problem.dtype), std::nanf(""));
+  if (cuda::normalize_backward(p, problem.dtype, workspace.data(), nullptr) != cudaSuccess) ++failures;
+  p = problem.with_table(problem.squeezed);
+  workspace.assign(cuda::squeeze_workspace(p, problem.dtype), std::nanf(""));
+  if (cuda::squeeze(p, problem.dtype, workspace.data(), nullptr) != cudaSuccess) ++failures;
+}
+
+static void check_normalize(int n, int c, int area, int act, int skew, Dtype dtype, uint64_t seed) {
+  NormalizeProblem problem(n, c, area, act, skew, dtype, seed);
+  const bool residual = seed % 3 != 0;
+  std::vector<double> first_out;
+  std::vector<float> first_sums, first_squeezed;
+  for (const host::Schedule schedule : host::kSchedules) {
+    host::schedule = schedule;
+    run(problem, residual);
+    std::vector<double> out;
+    for (int64_t i = 0; i < int64_t{n} * area * c; ++i) out.push_back(problem.out.get(i));
+    if (schedule == host::Schedule::kForward) {
+      problem.check("CUDA kernel on the CPU", residual);
+      first_out = out;
+      first_sums = problem.sums;
+      first_squeezed = problem.squeezed;
+    } else if (out != first_out || problem.sums != first_sums || problem.squeezed != first_squeezed) {
+      std::printf("%s: the result depends on the order of the threads\n", problem.describe("CUDA").c_str());
+      ++failures;
+    }
+  }
+}
+
+int main() try {
+  uint64_t seed = 1;
+  int checks = 0;
+  for (const Dtype dtype : kDtypes) {
+    for (int act = 0; act < kNumActivations; ++act) {
+      for (const int c : {1, 8, 19, 24, 300}) {
+        check_normalize(2, c, 1 + 33 * c % 211, act, c == 8, dtype, seed + checks++);
+        if (failures > 0 && std::getenv("MNET_PLANT") != nullptr) return 1;  // found it
+      }
+    }
+    check_normalize(3, 24, 2500, 2, 0, dtype, seed + checks++);   // several parts of an image
+    check_normalize(1, 520, 49, 3, 0, dtype, seed + checks++);    // several channel blocks
+    check_normalize(150, 600, 3, 1, 0, dtype, seed + checks++);   // an image is never split
+    check_normalize(0, 8, 5, 2, 0, dtype, seed + checks++);
+  }
+  std::printf("%d problems, %d failures\n", checks, failures);
+  return failures != 0;
+} catch (const std::exception& error) {
+  std::printf("%s\n", error.what());
+  return 1;
+}

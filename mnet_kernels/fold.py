@@ -1,0 +1,113 @@
+"""A trained model as plain convolutions and activations, for inference and for other programs."""
+
+import copy
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .accelerate import restore
+from .nn import FusedInvertedResidual, FusedSeparable, fusable, structure
+from .nn.base import FusedModule
+
+# Convolution and batch norm that a model calls one after the other by name.
+PAIRS = {
+    "mnet_kernels.models.v1.FusedMobileNetV1": (("conv_stem", "bn1"),),
+    "timm.models.efficientnet.EfficientNet": (("conv_stem", "bn1"), ("conv_head", "bn2")),
+    "timm.models.mobilenetv3.MobileNetV3": (("conv_stem", "bn1"),),
+}
+
+
+class Residual(nn.Module):
+    """x + body(x)."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def fold(model):
+    """A copy of ``model`` in eval mode whose batch norms are part of the convolutions before them.
+
+    Every convolution that is followed by a batch norm within a fused module, an nn.Sequential, or one of the blocks
+    that :func:`mnet_kernels.accelerate` knows becomes one nn.Conv2d with a bias, and so do the stems and heads of the
+    models here and of timm's.  The copy runs torch's own ops only and exports as it is.  Batch norms elsewhere stay.
+
+    Args:
+        model: an nn.Module, accelerated or not; it is left as it is.
+
+    Returns:
+        The copy: the same outputs as ``model.eval()`` up to rounding; parameters require no gradient.
+
+    Raises:
+        TypeError: model is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fold needs an nn.Module, got {type(model).__name__}")
+    folded = copy.deepcopy(model).eval().requires_grad_(False)
+    holder = nn.ModuleList([folded])
+    restore(holder)
+    _walk(holder)
+    return holder[0]
+
+
+def _walk(parent):
+    for name, child in list(parent._modules.items()):
+        if child is not None:
+            parent._modules[name] = _folded(child)
+
+
+def _folded(module):
+    """The module that takes this one's place."""
+    if isinstance(module, FusedInvertedResidual):
+        body = _sequence(module._modules[module._body]._modules.values())
+        return Residual(body) if module.use_res_connect else body
+    if isinstance(module, FusedSeparable):
+        return _sequence(module._modules.values())
+    if structure.is_known(module):
+        found = structure.read(module)
+        if found is not None and all(map(_can_fold, found.layers)):
+            body = _layers(found)
+            return Residual(body) if found.residual else body
+    if isinstance(module, FusedModule) or structure.is_sequential(module):
+        return _sequence(module._modules.values())
+    for conv, bn in PAIRS.get(fusable.qualified_name(module), ()):
+        taken = structure.take_layer([module._modules[conv], module._modules[bn]])
+        if taken is not None and _can_fold(taken[0]):
+            module._modules[conv], *act = _fused_layer(taken[0])
+            module._modules[bn] = nn.Sequential(*act)
+    _walk(module)
+    return module
+
+
+def _can_fold(layer):
+    return isinstance(layer.bn, nn.BatchNorm2d) and layer.bn.running_mean is not None
+
+
+def _layers(found):
+    modules = []
+    for i, layer in enumerate(found.layers):
+        if found.excite is not None and i == len(found.layers) - 1:
+            modules.append(found.excite)
+        modules += _fused_layer(layer)
+    return nn.Sequential(*modules)
+
+
+def _fused_layer(layer):
+    conv = fuse_conv_bn_eval(layer.conv, layer.bn)
+    return [conv] if layer.act is None or type(layer.act) is nn.Identity else [conv, layer.act]
+
+
+def _sequence(modules):
+    """A Sequential in which every convolution and the batch norm after it are one convolution."""
+    rest, out = list(modules), []
+    while rest:
+        taken = structure.take_layer(rest)
+        if taken is None or not _can_fold(taken[0]):
+            out.append(_folded(rest.pop(0)))
+            continue
+        out += _fused_layer(taken[0])
+        rest = rest[taken[1] :]
+    return nn.Sequential(*out)
