@@ -6,7 +6,9 @@ Who decides, the strongest first:
 2. ``with mnet_kernels.backend(name, mode=...)``, the innermost.
 3. The module or the call (``backend=``, ``mode=``).
 4. ``MNET_BACKEND`` and ``MNET_MODE``, read once at import.
-5. Automatic: the first fused backend of the device that has every stage of the mode, else native.
+5. Automatic: the first fused backend of the device that has every stage of the mode, else native; and of the modes,
+   the one that measured faster (``modes.json``): algebraic for a block with an expand layer whose maps have at least
+   :func:`least_positions`, chain for all others.
 
 A backend asked for by name that cannot run raises :class:`BackendUnavailableError`; a choice that falls back to native
 says so once, with the reason.
@@ -14,8 +16,11 @@ says so once, with the reason.
 
 import contextlib
 import functools
+import json
 import logging
+import math
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,6 +34,11 @@ MODES = ("auto", "chain", "algebraic")
 # Automatic choice: backends to try on a device, in order.  triton is taken by name only until its tests have passed on
 # a card: so far it ran in Triton's interpreter alone.
 PREFERENCE = {"cuda": ("cuda",), "cpu": ("cpu",)}
+
+
+# What `python -m mnet_kernels.bench block --write-modes` measured.
+MEASURED = Path(__file__).with_name("modes.json")
+NEVER = 2**62  # positions no map has
 
 
 class Choice(NamedTuple):
@@ -92,13 +102,42 @@ def _requested(index, argument, allowed, what):
     return _environment[index], f"MNET_{what.upper()}={_environment[index]}"
 
 
-def choose(device, dtype, backend=None, mode=None, expands=False):
+def thresholds(rows):
+    """From measured rows, ``{(backend, dtype): positions}``: from how large a map on algebraic mode is the faster one.
+
+    The rows (``backend``, ``dtype``, ``height``, ``width``, ``speedup`` of algebraic over chain) of one map size count
+    by their geometric mean; the threshold is the smallest size from which on every measured size has a mean above 1.
+    A backend and dtype without such a size is left out.
+    """
+    sizes = {}
+    for row in rows:
+        key = row["backend"], getattr(torch, row["dtype"])
+        sizes.setdefault(key, {}).setdefault(row["height"] * row["width"], []).append(math.log(row["speedup"]))
+    found = {}
+    for key, by_size in sizes.items():
+        for size in sorted(by_size, reverse=True):
+            if sum(by_size[size]) <= 0:
+                break
+            found[key] = size
+    return found
+
+
+_THRESHOLDS = thresholds(json.loads(MEASURED.read_text(encoding="utf-8"))["rows"])
+
+
+def least_positions(backend, dtype):
+    """H*W of the input from which on automatic mode runs a block with an expand layer in algebraic mode."""
+    return _THRESHOLDS.get((backend, dtype), NEVER)
+
+
+def choose(device, dtype, backend=None, mode=None, positions=None):
     """Pick backend and mode for a call, and say it once.
 
     Args:
         device, dtype: of the input as the block will see it (after autocast).
         backend, mode: asked for by the call or module; None if it leaves the choice open.
-        expands: whether the op has an expanded tensor that algebraic mode can do without.
+        positions: H*W of the input of an op that has an expanded tensor, which algebraic mode can do without; None for
+            an op that has not.
 
     Raises:
         BackendUnavailableError: a backend named explicitly cannot run here.
@@ -111,17 +150,32 @@ def choose(device, dtype, backend=None, mode=None, expands=False):
     else:
         name, who = _requested(0, backend, BACKENDS, "backend")
     mode, _ = _requested(1, mode, MODES, "mode")
-    # No measured rows yet: chain is the rule, and algebraic runs where it is asked for.
-    choice = decide(name, who, device, dtype, "algebraic" if mode == "algebraic" and expands else "chain")
+    if positions is None:
+        mode = "chain"
+    elif mode == "auto":
+        # compared here, not in the constant `decide`: Dynamo then guards on it, once, whatever sizes follow
+        mode = "auto" if positions >= _least_of(device.type, dtype) else "chain"
+    choice = decide(name, who, device, dtype, mode)
     if not torch.compiler.is_compiling() and say_once(choice.message, choice.level):
         say_once(compiled.describe())
     return choice
 
 
+def _least_of(device_type, dtype):
+    """The threshold of the backend that automatic choice prefers on a device."""
+    return min((least_positions(name, dtype) for name in PREFERENCE.get(device_type, ())), default=NEVER)
+
+
+_least_of._dynamo_marked_constant = True  # see `decide`
+
+
 # Its result depends on its arguments and on the installation alone, so a traced graph may hold it as a constant; what
 # was asked for is resolved outside, where Dynamo guards on it.
 def decide(name, who, device, dtype, mode):
-    """The choice for one request, device and dtype (``choose`` without the asking)."""
+    """The choice for one request, device and dtype (``choose`` without the asking).
+
+    Mode ``auto`` is algebraic where the backend measured faster with it and has it whole, else chain.
+    """
     return _decide(name, who, device, dtype, mode)
 
 
@@ -135,6 +189,7 @@ def _decide(name, who, device, dtype, mode):
         return _native(who, device, logging.INFO)
     if name == "auto":
         return _automatic(device, dtype, mode)
+    mode = _mode_of(name, dtype, mode)
     why = backends.why_unavailable(name, device)
     if why:
         raise BackendUnavailableError(f"backend {name!r} was asked for ({who}) but cannot run: {why}")
@@ -149,6 +204,12 @@ def _decide(name, who, device, dtype, mode):
     return Choice(name, mode, who, f"running backend {name!r}, mode {mode!r} ({who})", logging.INFO)
 
 
+def _mode_of(backend, dtype, mode):
+    if mode != "auto":
+        return mode
+    return "algebraic" if (backend, dtype) in _THRESHOLDS and backends.whole(backend, "algebraic") else "chain"
+
+
 def _native(reason, device, level):
     return Choice("native", None, reason, f"running native torch ops on {device.type}: {reason}", level)
 
@@ -158,12 +219,15 @@ def _automatic(device, dtype, mode):
         return _native(f"no fused backend takes {dtype}", device, logging.WARNING)
     reasons = []
     for name in PREFERENCE.get(device.type, ()):
+        own = _mode_of(name, dtype, mode)
         why = backends.why_unavailable(name, device)
-        if why is None and not backends.whole(name, mode):
-            why = f"no kernel yet for {', '.join(backends.missing_stages(name, mode))}"
+        if why is None and not backends.whole(name, own):
+            why = f"no kernel yet for {', '.join(backends.missing_stages(name, own))}"
         if why is None:
-            reason = f"the first backend for {device.type} that has every stage of mode {mode!r}"
-            return Choice(name, mode, reason, f"running backend {name!r}, mode {mode!r}: {reason}", logging.INFO)
+            reason = f"the first backend for {device.type} that has every stage of mode {own!r}"
+            if mode == "auto":
+                reason += ", and the mode that measured faster on maps of this size"
+            return Choice(name, own, reason, f"running backend {name!r}, mode {own!r}: {reason}", logging.INFO)
         reasons.append(f"{name}: {why}")
     reason = "; ".join(reasons) or f"no fused backend runs on {device.type}"
     return _native(reason, device, logging.WARNING)

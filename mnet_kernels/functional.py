@@ -197,9 +197,9 @@ def _run(op, x, layers, residual, se, backend, mode, node=None):
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
-    # Algebraic mode has no moments of the expand layer that processes could share.
+    # Three layers: the first one expands.  Algebraic mode has no moments of it that processes could share.
     expands = len(layers) == 3 and layers[0].bn.group is None
-    choice = choose(x.device, dtype, backend, mode, expands)
+    choice = choose(x.device, dtype, backend, mode, x.shape[2] * x.shape[3] if expands else None)
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import mnet_kernels
-from mnet_kernels import backends, stages
+from mnet_kernels import backends, choice, stages
 from mnet_kernels.bench import (
     BenchError,
     __main__,
     compare,
     environment,
     memory,
+    modes,
     providers,
     shapes,
     stage_subjects,
@@ -564,3 +565,33 @@ def test_parsers_agree_with_the_script():
     for phase in ("build", "test", "sanitize", "stages", "blocks", "models"):
         assert f"# {phase} " in text
     assert isinstance(__main__.build_parser(), argparse.ArgumentParser)
+
+
+# ---- the table of modes ---------------------------------------------------------------------------------------------
+
+
+def test_modes_are_written_from_measured_blocks(tmp_path):
+    subjects = shapes.blocks(["v2"], 0.25, 32)
+    times = {"eager": 9.0, "cpu/chain": 6.0, "cpu/algebraic": 4.0, "cuda/chain": 1.0}
+    results = [
+        {"subject": s.name, "direction": d, "provider": name, "batch": 2, "amp": "bf16", "median_ms": ms}
+        for s in subjects for d in ("forward", "train") for name, ms in times.items()
+    ]  # fmt: skip
+    rows = modes.rows(subjects, results)
+    assert 0 < len(rows) < len(subjects)  # the first block has no expand layer
+    assert {row["speedup"] for row in rows} == {1.5} and {row["dtype"] for row in rows} == {"bfloat16"}
+    assert {row["backend"] for row in rows} == {"cpu"} and all(row["expanded"] > row["channels"] for row in rows)
+    path = tmp_path / "modes.json"
+    old = [rows[0] | {"dtype": "float32"}, rows[0] | {"speedup": 9.0}]
+    path.write_text(json.dumps({"measured": {"cpu float32": {}}, "rows": old}))
+    modes.write({"device": "d", "threads": 1, "torch": "t", "commit": "c", "more": 0}, rows, path)
+    written = json.loads(path.read_text())
+    assert sorted(map(str, written["rows"])) == sorted(map(str, [old[0], *rows]))
+    assert written["measured"]["cpu bfloat16"] == {"device": "d", "threads": 1, "torch": "t", "commit": "c"}
+    assert choice.thresholds(written["rows"])["cpu", torch.bfloat16] == 1
+    with pytest.raises(BenchError, match="no block ran in both modes"):
+        modes.write({}, modes.rows(subjects, results[:1]), path)
+
+
+def test_modes_are_of_blocks(capsys):
+    assert __main__.main(["model", "--write-modes"]) == 2 and "needs blocks" in capsys.readouterr().err

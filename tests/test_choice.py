@@ -1,5 +1,6 @@
 """Who decides what runs: environment, context, module, call, automatic; and what is said about it."""
 
+import json
 import logging
 import os
 import subprocess
@@ -150,6 +151,60 @@ def test_algebraic_needs_an_expand_layer():
     with mk.backend("reference", "algebraic"), mk.count_stages() as counts:
         Inputs(Case(expand=False)).call()
     assert counts["mnet_ref::depthwise"] == 1
+
+
+ROW = {"backend": "cpu", "dtype": "float32", "height": 56, "width": 56, "speedup": 1.2}
+
+
+def test_thresholds():
+    """From the largest map down, as long as algebraic mode is the faster one on average."""
+    rows = [ROW, ROW | {"height": 112, "speedup": 1.5}, ROW | {"height": 28, "speedup": 0.8}, ROW | {"height": 14}]
+    assert choice.thresholds(rows) == {("cpu", torch.float32): 56 * 56}
+    assert choice.thresholds([*rows, ROW | {"height": 28, "speedup": 1.3}]) == {("cpu", torch.float32): 14 * 56}
+    assert choice.thresholds([*rows, ROW | {"height": 200, "speedup": 0.9}]) == {}
+    assert choice.thresholds([*rows, ROW | {"dtype": "bfloat16"}])["cpu", torch.bfloat16] == 56 * 56
+
+
+def test_the_measured_table_is_whole():
+    document = json.loads(choice.MEASURED.read_text())
+    assert document["rows"] and {f"{row['backend']} {row['dtype']}" for row in document["rows"]} == set(
+        document["measured"]
+    )
+    assert choice.thresholds(document["rows"]) == choice._THRESHOLDS
+
+
+@pytest.fixture
+def from_thirty_positions(monkeypatch):
+    monkeypatch.setattr(choice, "_THRESHOLDS", {("cpu", torch.float32): 30})
+    choice._decide.cache_clear()
+    yield
+    choice._decide.cache_clear()
+
+
+@pytest.mark.skipif(not backends.whole("cpu", "algebraic"), reason="the extension is not built")
+def test_automatic_mode_goes_by_the_size_of_the_map(from_thirty_positions, caplog):
+    caplog.set_level(logging.INFO, logger="mnet_kernels")
+
+    def stages(name="auto", mode=None, dtype=torch.float32, **case):
+        with mk.backend(name, mode), mk.count_stages() as counts:
+            Inputs(Case(**case), dtype).call()
+        return {label for label in counts if "depthwise" in label}
+
+    assert stages(h=6, w=5) == stages("cpu", h=6, w=5) == {"mnet_cpu::expand_depthwise"}
+    assert "measured faster" in caplog.text
+    assert stages(h=5, w=5) == stages(h=6, w=5, expand=False) == {"mnet_cpu::depthwise"}
+    assert stages(mode="chain", h=6, w=5) == {"mnet_cpu::depthwise"}
+    assert stages(mode="algebraic", h=5, w=5) == {"mnet_cpu::expand_depthwise"}
+    assert stages("reference", h=6, w=5) == {"mnet_ref::depthwise"}
+    assert stages(dtype=torch.bfloat16, h=6, w=5) == {"mnet_cpu::depthwise"}  # no row for it
+
+
+def test_automatic_mode_without_the_stages_is_chain(from_thirty_positions, monkeypatch):
+    own = backends.MODE_STAGES["chain"]
+    monkeypatch.setattr(backends, "implemented", lambda name: own)
+    monkeypatch.setattr(backends, "why_unavailable", lambda name, device: None)
+    found = choice.choose(CPU, torch.float32, positions=10**6)
+    assert (found.backend, found.mode) == ("cpu", "chain")
 
 
 def test_build_info():

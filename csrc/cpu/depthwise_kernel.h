@@ -14,6 +14,7 @@
 #include "../common/params.h"
 #include "../common/plant.h"
 #include "depthwise.h"
+#include "depthwise_tile.h"
 #include "simd.h"
 
 namespace mnet::cpu::MNET_CPU_NAMESPACE {
@@ -29,15 +30,11 @@ struct DepthwiseTraits {
   static constexpr int kColumns = 32 / kStride_;  // output columns of a tile
   static constexpr int kInColumns = (kColumns - 1) * kStride_ + kKernel_;
   static constexpr int kBlock = 4;      // output columns computed together, in registers
-  static constexpr int kRunLength = 32;  // positions summed in float32, with one shift (moments.h)
-  // The rounding errors of many runs average out, those of few do not, and the first shift is but one of the values.
-  static constexpr int kShortRun = 8;
-  static constexpr int kFewPositions = 256;
 
   static_assert(kKernel == 3 || kKernel == 5, "supported kernels");
   static_assert(kStride == 1 || kStride == 2, "supported strides");
   static_assert(DepthwisePlan::kChannelBlock % kLanes == 0, "a channel block is whole vectors");
-  static_assert(kColumns <= kRunLength, "a row of a tile fits in one run");
+  static_assert(kColumns <= kLongestRun, "a row of a tile fits in one run");
 };
 
 // One vector of channels of a unit.
@@ -46,9 +43,7 @@ struct alignas(64) DepthwiseLanes {
   Vec ring[Traits::kKernel][Traits::kInColumns];
   Vec weight[Traits::kKernel * Traits::kKernel];
   Vec scale, shift;
-  Vec run_shift, run_sum1, run_sum2;
-  Vec unit_shift;  // the first run's
-  double sum1[kLanes], sum2[kLanes];  // of all runs so far, about unit_shift
+  ChannelMoments moments;
   int channel;  // the first
   int valid;    // lanes in use
 };
@@ -69,7 +64,7 @@ void init_lanes(DepthwiseLanes<Traits>& g, const DepthwiseParams& p, int channel
     g.scale = load_lanes<true, float, Vec>(p.bn + channel, g.valid);
     g.shift = load_lanes<true, float, Vec>(p.bn + p.c + channel, g.valid);
   }
-  for (int i = 0; i < kLanes; ++i) g.sum1[i] = g.sum2[i] = 0.0;
+  g.moments.start();
 }
 
 // Fills one row of the ring: columns [first, first + count) of x's row; what lies outside [0, w) is zero.
@@ -99,72 +94,6 @@ void load_row(const DepthwiseLanes<Traits>& g, const DepthwiseParams& p, const t
   });
 }
 
-// kBlock_ neighbouring outputs from the ring's rows (`rows` in the order of the kernel's rows).
-template <typename Traits, int kBlock_>
-MNET_HD void convolve(const Vec* const* rows, int in_column, const Vec* weight, Vec* out) {
-  constexpr int kInputs = (kBlock_ - 1) * Traits::kStride + Traits::kKernel;
-  MNET_UNROLL
-  for (int b = 0; b < kBlock_; ++b) out[b] = Vec{};
-  MNET_UNROLL
-  for (int i = 0; i < Traits::kKernel; ++i) {
-    const Vec* in = rows[i] + in_column;
-    MNET_UNROLL
-    for (int t = 0; t < kInputs; ++t) {
-      const Vec value = in[t];
-      MNET_UNROLL
-      for (int b = 0; b < kBlock_; ++b) {
-        const int j = t - b * Traits::kStride;
-        if (j >= 0 && j < Traits::kKernel) out[b] = out[b] + value * weight[i * Traits::kKernel + j];
-      }
-    }
-  }
-}
-
-// One output row of the tile: rounds, stores, and adds the stored values to the running moments.
-template <typename Traits, bool kPartial>
-void output_row(DepthwiseLanes<Traits>& g, const DepthwiseParams& p, const Vec* const* rows, int columns,
-                typename Traits::Lane* to, bool first_of_run, bool first_of_unit) {
-  Vec shift = g.run_shift, sum1 = g.run_sum1, sum2 = g.run_sum2;
-  if (first_of_run) sum1 = sum2 = Vec{};
-  // Neighbours are added first: a long float32 sum then has a fourth of the roundings.
-  const auto emit = [&](auto block, int column) {
-    Vec out[decltype(block)::value];
-    convolve<Traits, decltype(block)::value>(rows, column * Traits::kStride, g.weight, out);
-    Vec d1{}, d2{};
-    MNET_UNROLL
-    for (int b = 0; b < decltype(block)::value; ++b) {
-      const int64_t at = static_cast<int64_t>(column + b) * p.c;
-      const Vec stored = store_map<typename Traits::Storage, kPartial>(to + at, out[b], g.valid);
-      if (b == 0 && column == 0 && first_of_unit) shift = stored;
-      const Vec d = stored - shift;
-      d1 = b == 0 ? d : d1 + d;
-      d2 = b == 0 ? d * d : d2 + d * d;
-    }
-    sum1 = sum1 + d1;
-    sum2 = sum2 + d2;
-  };
-  for_blocks<Traits::kBlock>(0, MNET_PLANT(3, columns, columns - 1), emit);
-  g.run_shift = shift;
-  g.run_sum1 = sum1;
-  g.run_sum2 = sum2;
-}
-
-// Adds a run to the unit's sums, which are about a value of the unit as the run's are about its shift: in double the factor
-// that moments.h speaks of, here the unit's size, is harmless.  The next run is shifted by this one's mean, which loses less
-// than one of its own values would, and leaves a constant channel exact as well.
-template <typename Traits>
-void flush_run(DepthwiseLanes<Traits>& g, int run, bool first) {
-  if (first) g.unit_shift = g.run_shift;
-  for (int i = 0; i < kLanes; ++i) {
-    const double moved = static_cast<double>(g.run_shift[i]) - static_cast<double>(g.unit_shift[i]);
-    const double sum1 = g.run_sum1[i], sum2 = g.run_sum2[i];
-    g.sum1[i] += sum1 + run * moved;
-    g.sum2[i] += sum2 + moved * (2.0 * sum1 + run * moved);
-  }
-  const Vec mean = g.run_shift + g.run_sum1 * (1.f / static_cast<float>(run));
-  g.run_shift = mean - mean == Vec{} ? mean : g.run_shift;  // not an infinity, nor a NaN
-}
-
 template <typename Traits>
 void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
   using Lane = typename Traits::Lane;
@@ -185,7 +114,7 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
   int run = 0;          // positions in the current run
   const auto flush = [&] {
     if (unit.mean != nullptr && run > 0) {
-      for (int g = 0; g < num_groups; ++g) flush_run(groups[g], run, flushed == 0);
+      for (int g = 0; g < num_groups; ++g) groups[g].moments.flush(run, flushed == 0);
     }
     flushed += run;
     run = 0;
@@ -201,7 +130,7 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
       const int64_t top = oh * Traits::kStride - Traits::kPad;
       if (row == unit.row_begin || MNET_PLANT(5, oh == 0, false)) loaded = top;
       const auto slot = [&](int64_t ih) { return static_cast<int>((ih + kKernel) % kKernel); };  // ih >= -kPad
-      if (run + columns > (flushed < Traits::kFewPositions ? Traits::kShortRun : Traits::kRunLength)) flush();
+      if (run + columns > longest_run(flushed)) flush();
       for (int g = 0; g < num_groups; ++g) {
         Lanes& lanes = groups[g];
         const bool partial = lanes.valid < kLanes;
@@ -216,8 +145,8 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
         }
         const Vec* rows[kKernel];
         for (int i = 0; i < kKernel; ++i) rows[i] = lanes.ring[slot(top + i)];
-        const auto output = partial ? output_row<Traits, true> : output_row<Traits, false>;
-        output(lanes, p, rows, columns, y + row * out_row + column * p.c + lanes.channel,
+        const auto output = partial ? output_row<Traits, 1, true> : output_row<Traits, 1, false>;
+        output(lanes.moments, lanes.weight, rows, columns, y + row * out_row + column * p.c + lanes.channel, p.c, lanes.valid,
                MNET_PLANT(6, run == 0, run + flushed == 0), run + flushed == 0);
       }
       loaded = top + kKernel;
@@ -229,11 +158,7 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
   if (unit.mean == nullptr) return;
   for (int g = 0; g < num_groups; ++g) {
     const Lanes& lanes = groups[g];
-    for (int i = 0; i < lanes.valid; ++i) {
-      const Moments<double> m = from_shifted<double>(flushed, lanes.unit_shift[i], lanes.sum1[i], lanes.sum2[i]);
-      unit.mean[lanes.channel + i] = m.mean;
-      unit.m2[lanes.channel + i] = m.m2;
-    }
+    lanes.moments.finish(flushed, lanes.valid, unit.mean + lanes.channel, unit.m2 + lanes.channel);
   }
 }
 

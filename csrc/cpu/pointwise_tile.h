@@ -1,5 +1,5 @@
-// What the pointwise stages share: a tile of activated positions in float32, and its tables (see simd.h for how it is
-// included).
+// What the pointwise stages share: tiles of activated positions and of upstream gradients in float32, and their tables
+// (see simd.h for how it is included).
 #pragma once
 
 #include <cstdint>
@@ -94,6 +94,28 @@ void activate_tile(const typename Storage::Lane* x, int64_t row, int rows, int c
           gate + image * channels, first, count);
     });
   });
+}
+
+// The upstream's tables, each padded to whole cache lines.
+struct UpstreamTables {
+  const float *scale, *shift, *mean, *b, *c;
+};
+
+// dy of rows that `grad` and `y` point to, rounded to storage (schema.py).
+template <typename Storage, typename Act>
+void upstream_rows(const typename Storage::Lane* grad, const typename Storage::Lane* y, int rows, int channels,
+                   const UpstreamTables& t, float* tile, int64_t stride) {
+  for (int row = 0; row < rows; ++row) {
+    for_vectors(channels, [&](auto partial, int e, int valid) __attribute__((always_inline)) {
+      constexpr bool kPartial = decltype(partial)::value;
+      const int64_t at = int64_t{row} * channels + e;
+      const Vec scale = load_vec(t.scale + e), b = load_vec(t.b + e), c = load_vec(t.c + e);
+      const Vec value = load_map<Storage, kPartial>(y + at, valid);
+      Vec g = load_map<Storage, kPartial>(grad + at, valid);
+      if constexpr (Act::kCode != Activation::kIdentity) g = g * Act::bwd(Vec(scale * value + load_vec(t.shift + e)));
+      store_vec(tile + row * stride + e, Storage::round(scale * g + b * (value - load_vec(t.mean + e)) + c));
+    });
+  }
 }
 
 }  // namespace mnet::cpu::MNET_CPU_NAMESPACE

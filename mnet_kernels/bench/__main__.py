@@ -10,7 +10,7 @@ import torch
 from ..models import MODELS
 from ..training.checkpoint import write_atomic
 from ..training.config import AMP_DTYPES
-from . import BenchError, compare, environment, providers, shapes, stage_subjects, table
+from . import BenchError, compare, environment, modes, providers, shapes, stage_subjects, table
 from .subjects import Setting
 
 DESCRIPTION = """\
@@ -25,6 +25,7 @@ noise.  Compilation is not in the times; it is in "first call s".
 
 examples:
   python -m mnet_kernels.bench block --only 56x56
+  python -m mnet_kernels.bench block --backend cpu --batch 16 --threads 1 --direction train --write-modes
   python -m mnet_kernels.bench model --backend cpu --batch 16 --resolution 224
   python -m mnet_kernels.bench stage --only depthwise --device cuda --batch 256 --amp bf16 --graph
 """
@@ -56,6 +57,7 @@ def build_parser():
     add("--rounds", type=int, default=200, metavar="N", help="at most (default: 200)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
     add("--json", metavar="FILE", help="write header and rows there")
+    add("--write-modes", action="store_true", help="blocks: write the table that automatic mode goes by")
     return parser
 
 
@@ -94,6 +96,8 @@ def run(args):
     wanted = _providers(args, device)
     header, rows = environment.header(device), []
     print(f"{header['device']}, torch {header['torch']}, {header['threads']} threads, commit {header['commit']}")
+    if args.write_modes and args.level != "block":
+        raise BenchError("--write-modes needs blocks: python -m mnet_kernels.bench block --write-modes")
     started = time.perf_counter()
     for subject in subjects:
         directions = [d for d in subject.directions if not args.direction or d in args.direction]
@@ -107,6 +111,8 @@ def run(args):
                 rows += found
                 if args.json:
                     write_atomic(Path(args.json), table.document(header, rows).encode())
+    if args.write_modes:
+        modes.write(header, modes.rows(subjects, rows))
     print(f"\n{len(rows)} rows in {time.perf_counter() - started:.0f} s" + (f", in {args.json}" if args.json else ""))
     return rows
 

@@ -58,12 +58,15 @@ def build_model(name, num_classes, width, stem_stride=2):
 
 def implementation(backend, mode, device, amp):
     """What a choice of backend and mode (``auto``: left to the environment and the package) comes to, in words."""
+    dtype = AMP_DTYPES[amp] or torch.float32
     with use_backend(backend, mode):
         try:
-            found = choice.choose(torch.device(device), AMP_DTYPES[amp] or torch.float32, expands=True)
+            found, large = (choice.choose(torch.device(device), dtype, positions=p) for p in (0, choice.NEVER))
         except choice.BackendUnavailableError as exc:
             raise TrainingError(str(exc)) from exc
-    return found.backend if found.mode is None else f"{found.backend}/{found.mode}"
+    if found.mode is None:
+        return found.backend
+    return f"{found.backend}/{found.mode if found.mode == large.mode else 'auto'}"
 
 
 def use_backend(backend, mode):

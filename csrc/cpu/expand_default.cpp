@@ -1,0 +1,6 @@
+// The same kernels with the instruction set the compiler assumes anyway (SSE2 on x86-64, NEON on aarch64).
+#define MNET_CPU_NAMESPACE baseline
+#define MNET_CPU_LANES 8
+#include "expand_gram_kernel.h"
+#include "expand_mix_kernel.h"
+#include "expand_depthwise_kernel.h"
