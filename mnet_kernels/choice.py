@@ -31,9 +31,10 @@ from .log import say_once
 
 BACKENDS = ("auto", *backends.NAMES)
 MODES = ("auto", "chain", "algebraic")
-# Automatic choice: backends to try on a device, in order.  triton is taken by name only until its tests have passed on
-# a card: so far it ran in Triton's interpreter alone.
-PREFERENCE = {"cuda": ("cuda",), "cpu": ("cpu",)}
+# Automatic choice: backends to try on a device, in order.  cuda and triton are taken by name only until their tests
+# have passed on a card: so far they ran on the CPU alone (csrc/tests/cuda_host.h, Triton's interpreter).
+PREFERENCE = {"cpu": ("cpu",)}
+BY_NAME = {"cuda": ("cuda", "triton")}
 
 
 # What `python -m mnet_kernels.bench block --write-modes` measured.
@@ -229,11 +230,21 @@ def _automatic(device, dtype, mode):
                 reason += ", and the mode that measured faster on maps of this size"
             return Choice(name, own, reason, f"running backend {name!r}, mode {own!r}: {reason}", logging.INFO)
         reasons.append(f"{name}: {why}")
+    by_name = [name for name in BY_NAME.get(device.type, ()) if backends.why_unavailable(name, device) is None]
+    if by_name:
+        names = " or ".join(f"mnet_kernels.backend({name!r})" for name in by_name)
+        reasons.append(f"the kernels for {device.type} have not been run on a card yet; choose them by name: {names}")
     reason = "; ".join(reasons) or f"no fused backend runs on {device.type}"
     return _native(reason, device, logging.WARNING)
 
 
 def default_fused(device, dtype=torch.float32):
-    """The fused backend to hold against native: the automatic one, else the reference."""
-    choice = _automatic(torch.device(device), dtype, "chain")
-    return choice.backend if choice.backend != "native" else "reference"
+    """The fused backend to hold against native: the automatic one, one that is taken by name, else the reference."""
+    device = torch.device(device)
+    choice = _automatic(device, dtype, "chain")
+    if choice.backend != "native":
+        return choice.backend
+    for name in BY_NAME.get(device.type, ()):
+        if backends.why_unavailable(name, device) is None and backends.whole(name, "chain"):
+            return name
+    return "reference"

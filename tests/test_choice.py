@@ -111,6 +111,21 @@ def test_a_backend_of_another_device(name):
         Inputs(Case(), torch.float32).call()
 
 
+def test_kernels_that_never_ran_on_a_card_are_taken_by_name(monkeypatch):
+    """Automatic choice says how; what is to be compared with native takes the first of them."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(backends, "why_unavailable", lambda name, device: None)
+    choice._decide.cache_clear()
+    try:
+        found = choice.choose(cuda, torch.float32)
+    finally:
+        choice._decide.cache_clear()
+    assert found.backend == "native" and "by name: mnet_kernels.backend('cuda') or" in found.reason
+    for whole in (["cuda", "triton"], ["triton"], []):
+        monkeypatch.setattr(backends, "whole", lambda name, mode, whole=whole: name in whole)
+        assert choice.default_fused("cuda") == (whole or ["reference"])[0]
+
+
 def test_a_backend_that_was_not_built(nothing_built):
     with mk.backend("cpu"), pytest.raises(mk.BackendUnavailableError, match="not built.*pip install --no-build-iso"):
         Inputs(Case(), torch.float32).call()
