@@ -1,8 +1,9 @@
 """Checks what nvcc made of one .cu file: X.cubin, with the report of `ptxas -v` beside it as X.cubin.log.
 
-No kernel may spill or use local memory.  The SASS is read too where there is a cuobjdump (the toolkit's, or the one in
-triton's wheel): a kernel named by --vectorized must load and store 16 bytes at a time, one named by --vector-loads must
-load so, and one whose mangled name matches --instructions PATTERN=OPCODE,... must hold each of the opcodes.
+No kernel may spill, use local memory or exceed its bounds of registers and shared memory (kernel_bounds.txt).  The SASS
+is read too where there is a cuobjdump (the toolkit's, or the one in triton's wheel): a kernel named by --vectorized must
+load and store 16 bytes at a time, one named by --vector-loads must load so, and one whose mangled name matches
+--instructions PATTERN=OPCODE,... must hold each of the opcodes.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+BOUNDS = Path(__file__).with_name("kernel_bounds.txt")
 
 
 def find_cuobjdump(nvcc):
@@ -23,13 +26,35 @@ def find_cuobjdump(nvcc):
 
 
 def resources(report):
-    """(kernel, spilled and stack bytes, registers) of every kernel in ptxas -v's report."""
+    """(kernel, spilled and stack bytes, registers, bytes of shared memory) of every kernel in ptxas -v's report."""
     pattern = (
         r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers"
+        r".*?Used (\d+) registers(?:.*?(\d+) bytes smem)?"
     )
-    for name, stack, stores, loads, registers in re.findall(pattern, report, re.DOTALL):
-        yield name, int(stack) + int(stores) + int(loads), int(registers)
+    # Every kernel by itself: one without shared memory must not be given that of the next.
+    for part in re.split(r"(?=Function properties for )", report):
+        for name, stack, stores, loads, registers, shared in re.findall(pattern, part, re.DOTALL):
+            yield name, int(stack) + int(stores) + int(loads), int(registers), int(shared or 0)
+
+
+def read_bounds(path):
+    """kernel -> (registers, bytes of shared memory)."""
+    rows = (line.split() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#"))
+    return {name: (int(registers), int(shared)) for name, registers, shared in rows}
+
+
+def beyond_bounds(kernels, bounds):
+    for name, _, registers, shared in kernels:
+        # A mangled name holds the kernel's own after its length.
+        found = [kernel for kernel in bounds if re.search(rf"(?<!\d){len(kernel)}{kernel}", name)]
+        if len(found) != 1:
+            yield f"{name}: {len(found)} bounds in {BOUNDS.name}, expected one; add the kernel there"
+            continue
+        most_registers, most_shared = bounds[found[0]]
+        if registers > most_registers:
+            yield f"{name}: {registers} registers, at most {most_registers} are allowed"
+        if shared > most_shared:
+            yield f"{name}: {shared} bytes of shared memory, at most {most_shared} are allowed"
 
 
 def instructions(sass):
@@ -77,10 +102,11 @@ def main():
         sass = instructions(text)
     report = args.cubin.with_name(args.cubin.name + ".log").read_text()
     kernels = list(resources(report))
-    problems = [f"{name}: {spilled} bytes spilled or on the stack" for name, spilled, _ in kernels if spilled]
+    problems = [f"{name}: {spilled} bytes spilled or on the stack" for name, spilled, _, _ in kernels if spilled]
+    problems += beyond_bounds(kernels, read_bounds(BOUNDS))
     problems += check(sass, args.vectorized, args.vector_loads, args.instructions) if cuobjdump else []
-    for name, _, registers in kernels:
-        print(f"{registers:4} registers  {name}")
+    for name, _, registers, shared in kernels:
+        print(f"{registers:4} registers {shared:6} bytes  {name}")
     print(f"{args.cubin.name}: {len(kernels)} kernels, SASS {'read' if cuobjdump else 'not read'}")
     if not kernels:
         problems.append("ptxas reported no kernel")
