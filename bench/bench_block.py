@@ -12,5 +12,5 @@ def pytest_generate_tests(metafunc):
     parametrize(metafunc, "block", shapes.blocks)
 
 
-def bench_block(measure, subject, direction, provider):
-    measure(subject, direction, provider)
+def bench_block(measure, level, subject, direction, batch, provider):
+    measure(level, subject, direction, batch, provider)

@@ -12,5 +12,5 @@ def pytest_generate_tests(metafunc):
     parametrize(metafunc, "model", shapes.models)
 
 
-def bench_model(measure, subject, direction, provider):
-    measure(subject, direction, provider)
+def bench_model(measure, level, subject, direction, batch, provider):
+    measure(level, subject, direction, batch, provider)

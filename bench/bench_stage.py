@@ -12,5 +12,5 @@ def pytest_generate_tests(metafunc):
     parametrize(metafunc, "stage", stage_subjects.stages)
 
 
-def bench_stage(measure, subject, direction, provider):
-    measure(subject, direction, provider)
+def bench_stage(measure, level, subject, direction, batch, provider):
+    measure(level, subject, direction, batch, provider)

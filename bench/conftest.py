@@ -1,18 +1,23 @@
-"""Options and the one way of running of the pytest-benchmark suites: bench_stage.py, bench_block.py, bench_model.py."""
+"""Options and the one way of running of the pytest-benchmark suites: bench_stage.py, _block, _model and _host.
+
+The baseline is the provider ``eager``; how each compares with it: python -m mnet_kernels.bench report FILE.
+"""
 
 import pytest
 import torch
 
-from mnet_kernels.bench import BenchError, compare, environment, providers, stage_subjects, timing
+from mnet_kernels.bench import BenchError, compare, environment, host, providers, stage_subjects, timing
 from mnet_kernels.bench.subjects import Setting
 from mnet_kernels.models import MODELS
 from mnet_kernels.training.config import AMP_DTYPES
+
+CASES = pytest.StashKey()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("mnet-kernels")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    group.addoption("--batch", type=int, help="images (default: 4 on the CPU, 256 on a card)")
+    group.addoption("--batch", type=int, nargs="+", help="images (default: 4 on the CPU, 256 on a card; host: 1 2 4 8)")
     group.addoption("--amp", choices=AMP_DTYPES, default="off", help="mixed precision; for stages the storage dtype")
     group.addoption("--width", type=float, default=1.0, help="width multiplier of the models")
     group.addoption("--resolution", type=int, default=224, help="side of the images")
@@ -30,20 +35,25 @@ def wanted(config, level):
         fused = kind.parse(rest, device) if names else kind.runnable(device)
     except BenchError as exc:
         raise pytest.UsageError(str(exc)) from exc
-    return [providers.NATIVE[n] for n in native] + fused
+    return {p.name: p for p in providers.parse(native, device) + fused}
 
 
 def parametrize(metafunc, level, list_subjects):
-    """One benchmark for every subject, direction and provider."""
+    """One benchmark for every subject, direction, batch and provider, all by name (--benchmark-group-by=param:...)."""
     get = metafunc.config.getoption
+    usual = host.BATCHES if level == "host" else [256 if get("device") == "cuda" else 4]
+    known = wanted(metafunc.config, level)
+    subjects = {subject.name: subject for subject in list_subjects(get("models"), get("width"), get("resolution"))}
+    metafunc.config.stash[CASES] = metafunc.config.stash.get(CASES, {}) | {level: (subjects, known)}
     cases = [
-        pytest.param(subject, direction, provider, id=f"{subject.name}-{direction}-{provider.name}")
-        for subject in list_subjects(get("models"), get("width"), get("resolution"))
+        pytest.param(level, name, direction, batch, provider, id=f"{name}-{direction}-{batch}-{provider}")
+        for name, subject in subjects.items()
         for direction in subject.directions
-        for provider in wanted(metafunc.config, level)
-        if subject.runs_on(provider)
+        for batch in get("batch") or usual
+        for provider in known
+        if subject.runs_on(known[provider])
     ]
-    metafunc.parametrize(("subject", "direction", "provider"), cases)
+    metafunc.parametrize(("level", "subject", "direction", "batch", "provider"), cases)
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +65,10 @@ def header(pytestconfig):
 def measure(benchmark, header, pytestconfig):
     """Run one case; everything that places the figure goes to extra_info."""
 
-    def run(subject, direction, provider):
+    def run(level, subject, direction, batch, provider):
         device = torch.device(pytestconfig.getoption("device"))
-        batch = pytestconfig.getoption("batch") or (256 if device.type == "cuda" else 4)
+        subjects, known = pytestconfig.stash[CASES][level]
+        subject, provider = subjects[subject], known[provider]
         setting = Setting(device, batch, pytestconfig.getoption("amp"))
         torch.backends.cudnn.benchmark = True
         torch._dynamo.reset()
@@ -65,7 +76,7 @@ def measure(benchmark, header, pytestconfig):
         if prepared.error:
             pytest.fail(prepared.error[direction])
         call = prepared.calls[direction]
-        benchmark.group = f"{subject.level} {subject.name} {direction}"
+        benchmark.group = f"{subject.level} {subject.name} {direction} batch {batch}"
         benchmark.extra_info |= {"header": header, **compare.key(subject, setting, direction, "eager", provider.name)}
         benchmark.extra_info |= prepared.facts[direction]
 
@@ -73,6 +84,7 @@ def measure(benchmark, header, pytestconfig):
             call()
             timing.synchronize(device)
 
-        benchmark(synchronized)
+        # what a call costs the host does not include what the card then does
+        benchmark(call if level == "host" else synchronized)
 
     return run

@@ -1,9 +1,8 @@
 """The phases that measure: stages, blocks, models."""
 
-import card
 import torch
 
-from mnet_kernels.bench import compare, providers, shapes, stage_subjects, table
+from mnet_kernels.bench import card, compare, providers, shapes, stage_subjects, table
 from mnet_kernels.bench.subjects import Setting
 
 # Seconds that must be left to begin a subject.
@@ -58,7 +57,8 @@ def _wanted(session, native, fused, parse):
 def _rates(session):
     """The card's own rates, measured once a header."""
     if "card" not in session.results.header:
-        session.results.header["card"] = card.rates(session.device, min(1.0, session.args.seconds))
+        sizes = card.REHEARSAL if session.device.type == "cpu" else None
+        session.results.header["card"] = card.rates(session.device, min(1.0, session.args.seconds), sizes)
         session.results.write()
         found = session.results.header["card"]
         matrix = ", ".join(f"{name} {rate / 1e12:.1f}" for name, rate in found["matrix_flops"].items())

@@ -19,6 +19,7 @@ from mnet_kernels.bench import (
     __main__,
     compare,
     environment,
+    host,
     memory,
     modes,
     providers,
@@ -533,7 +534,7 @@ def test_pytest_benchmark_suites(tmp_path):
     pytest.importorskip("pytest_benchmark")
     small = ["--device", "cpu", "--width", "0.25", "--resolution", "32", "--models", "v2", "--batch", "2"]
     found = program(sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", *small)
-    for suite in ("bench_stage.py", "bench_block.py", "bench_model.py"):
+    for suite in ("bench_stage.py", "bench_block.py", "bench_model.py", "bench_host.py"):
         assert f"{suite}::" in found.stdout, found.stdout + found.stderr
     assert "reference" not in found.stdout
     chosen = ["-k", "bench_model and train and eager", "--benchmark-only", f"--benchmark-json={tmp_path / 'rows.json'}"]
@@ -545,6 +546,120 @@ def test_pytest_benchmark_suites(tmp_path):
     assert row["extra_info"]["provider"] == "eager" and row["extra_info"]["saved_bytes"] > 0
     assert sum(row["extra_info"]["convolutions"].values()) == 52
     assert row["extra_info"]["header"]["torch"] == torch.__version__
+
+
+def test_what_a_call_costs_the_host(tmp_path, capsys):
+    path = tmp_path / "host.json"
+    small = ["--device", "cpu", "--seconds", "0.01", "--rounds", "5", "--direction", "train", "--json", str(path)]
+    assert __main__.main(["host", "--batch", "1", "8", "--providers", "eager", "reference/chain", *small]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["subject"], row["batch"]) for row in rows} == {(b.name, n) for b in host.blocks() for n in (1, 8)}
+    assert {row["provider"] for row in rows} == {"eager", "eager (again)", "reference/chain"}
+    assert all(0 < row["median_ms"] < 1000 for row in rows)
+    capsys.readouterr()
+    assert __main__.main(["host", "--graph", "--device", "cpu"]) == 2
+
+
+def test_the_hosts_cost_is_the_threads_time(monkeypatch):
+    seen = []
+    monkeypatch.setattr(timing, "interleave", lambda calls, device, now, **_: seen.append((device, now)) or {})
+    (block, *_) = host.blocks()
+    prepared = compare.prepare(block, [], SETTING, ["forward"])
+    compare.measure(block, prepared, SETTING, "forward", now=None)
+    assert seen == [(CPU, timing.CLOCKS["thread"])]
+
+
+def test_a_convolution_that_is_not_cudnns_is_refused():
+    one = compare.Prepared(small_block(), providers.NATIVE["cudnn"], SETTING, ["forward"])
+    assert "torch gives these convolutions to others than cuDNN" in one.error["forward"]
+    with pytest.raises(BenchError, match="needs a CUDA card"):
+        providers.parse(["cudnn"], CPU)
+
+
+def saved_row(subject, provider, **values):
+    key = {"level": "block", "subject": subject, "device": "cpu", "batch": 2, "amp": "off", "training": True}
+    return key | {"direction": "train", "launch": "eager", "provider": provider, "median_ms": 2.0} | values
+
+
+SAVED_HEADER = {"device": "a processor", "torch": "2.14", "threads": 1, "commit": "0123456789abcdef", "date": "today"}
+RATIO = {"speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.6, "noise": 0.05, "verdict": "faster"}
+SAVED = [
+    saved_row("a", "eager", saved_bytes=4_000_000), saved_row("a", "eager (again)", **RATIO),
+    saved_row("a", "cpu/chain", saved_bytes=1_500_000, **RATIO),
+    saved_row("b", "eager"), saved_row("b", "cpu/chain", **(RATIO | {"noise": 0.7, "verdict": "within noise"})),
+    saved_row("c", "eager"), saved_row("c", "cpu/chain", error="no such kernel"),
+]  # fmt: skip
+
+
+def test_report(tmp_path, capsys):
+    plain, keyed, chart = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.png"
+    plain.write_text(json.dumps({"header": SAVED_HEADER, "rows": SAVED}))
+    names = set(compare.key(small_block(), SETTING, "train", "eager", "eager"))
+    rows = [
+        {"key": {k: v for k, v in r.items() if k in names}, **{k: v for k, v in r.items() if k not in names}}
+        for r in SAVED
+    ]
+    keyed.write_text(json.dumps({"header": SAVED_HEADER | {"torch": "2.15"}, "rows": rows}))
+    assert __main__.main(["report", str(plain), str(keyed), "--png", str(chart)]) == 0
+    first, second = capsys.readouterr().out.split("a processor, torch 2.15, ")
+    for text in (first, second):
+        assert "**block, train, batch 2, float32**: times as fast as eager" in text
+        assert "| a | 2.00 | 1.50 (1.40 to 1.60) | 4.0, 1.5 |" in text
+        assert "| b | 2.00 | 1.50 (1.40 to 1.60), within noise |" in text and "| c | 2.00 | failed |" in text
+        assert "Noise floor (the same twice): 5.0 to 70.0 %." in text and "again" not in text
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_two_files_of_one_machine_is_one_table(tmp_path, capsys):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, rows in zip(paths, (SAVED[:3], SAVED[3:]), strict=True):
+        path.write_text(json.dumps({"header": SAVED_HEADER, "rows": rows}))
+    assert __main__.main(["report", *map(str, paths)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("a processor") == 1 and "| a |" in out and "| b |" in out
+
+
+def test_report_of_pytest_benchmark_says_that_it_is_not_interleaved(tmp_path, capsys):
+    stats = {"eager": 3e-3, "cpu/chain": 2e-3}
+    rows = [
+        {"stats": {"median": t, "q1": t, "q3": t, "rounds": 5}, "extra_info": {"header": SAVED_HEADER}
+         | {k: v for k, v in saved_row("a", name).items() if k != "median_ms"}}
+        for name, t in stats.items()
+    ]  # fmt: skip
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"benchmarks": rows}))
+    assert __main__.main(["report", str(path)]) == 0
+    assert "| a | 3.00 | 1.50, not interleaved |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": 1}', '{"header": {}, "rows": [1]}'])
+def test_report_of_something_else(content, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    assert __main__.main(["report", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot ") and str(path) in error
+
+
+def test_report_without_a_speed_up_has_no_chart(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"header": SAVED_HEADER, "rows": SAVED[:1]}))
+    assert __main__.main(["report", str(path), "--png", str(tmp_path / "c.png")]) == 2
+    assert "no speed-up to draw" in capsys.readouterr().err
+
+
+def test_the_interval_is_the_bootstraps():
+    """As scipy's percentile bootstrap of the same statistic has it."""
+    scipy_stats = pytest.importorskip("scipy.stats")
+    numpy = pytest.importorskip("numpy")
+    base, other = samples(1.3), samples(1.0)
+    pairs = numpy.array(base) / numpy.array(other)
+    want = scipy_stats.bootstrap((pairs,), numpy.median, n_resamples=4000, method="percentile", rng=0)
+    got = statistics.ratio(base, other)
+    width = want.confidence_interval.high - want.confidence_interval.low
+    assert got.low == pytest.approx(want.confidence_interval.low, abs=0.15 * width)
+    assert got.high == pytest.approx(want.confidence_interval.high, abs=0.15 * width)
 
 
 def test_host_cost(tmp_path):

@@ -7,8 +7,11 @@ subjects        what is measured: blocks and whole models
 stage_subjects  what is measured: single stages against the layers they stand for
 shapes          the list of them: the shapes of this package's models
 providers       who runs it: plain torch (NCHW, channels_last, torch.compile) and the fused backends that are whole
+host            what is measured: the least a call can cost, on tiny maps
 compare         one subject under several providers, interleaved in one process
 table           results as text
+report          saved results as a Markdown table and a chart
+card            what the device itself can do: copy bandwidth, matrix products
 memory          bytes saved for backward, peak memory
 environment     machine, card, versions, commit: the header of every result
 ==============  ===================================================================================================

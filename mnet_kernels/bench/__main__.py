@@ -1,6 +1,7 @@
 """``python -m mnet_kernels.bench``: plain torch against the fused backends, interleaved in one process."""
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -10,27 +11,31 @@ import torch
 from ..models import MODELS
 from ..training.checkpoint import write_atomic
 from ..training.config import AMP_DTYPES
-from . import BenchError, compare, environment, modes, providers, shapes, stage_subjects, table
+from . import BenchError, compare, environment, host, modes, providers, report, shapes, stage_subjects, table, timing
 from .subjects import Setting
 
 DESCRIPTION = """\
 Measure stages, blocks or whole models of this package's MobileNets: plain torch
 (eager NCHW, eager channels_last, torch.compile) and every fused backend that is whole,
-one after another in rounds, in one process."""
+one after another in rounds, in one process.  host: what a call costs before any
+arithmetic, on tiny maps.  report FILE...: saved results as tables and a chart
+(python -m mnet_kernels.bench report --help)."""
 
 EPILOG = """\
 speed-up is over eager channels_last: the median over rounds, with the bootstrap interval.
 The baseline is measured twice; a difference no larger than between those two is called
-noise.  Compilation is not in the times; it is in "first call s".
+noise.  Compilation is not in the times; it is in "first call s".  The host's cost is the
+CPU time of the calling thread; batch it alone bounds: compare block --batch 1 2 4 8.
 
 examples:
   python -m mnet_kernels.bench block --only 56x56
   python -m mnet_kernels.bench block --backend cpu --batch 16 --threads 1 --direction train --write-modes
   python -m mnet_kernels.bench model --backend cpu --batch 16 --resolution 224
+  python -m mnet_kernels.bench host --batch 1 8
   python -m mnet_kernels.bench stage --only depthwise --device cuda --batch 256 --amp bf16 --graph
 """
 
-LEVELS = {"stage": stage_subjects.stages, "block": shapes.blocks, "model": shapes.models}
+LEVELS = {"stage": stage_subjects.stages, "block": shapes.blocks, "model": shapes.models, "host": host.blocks}
 
 
 def build_parser():
@@ -46,7 +51,9 @@ def build_parser():
     add("--models", nargs="+", choices=MODELS, metavar="NAME", help=f"from {', '.join(MODELS)} (default: all)")
     add("--width", type=float, default=1.0, metavar="X", help="width multiplier (default: 1)")
     add("--resolution", type=int, default=224, metavar="PX", help="side of the images (default: 224)")
-    add("--batch", type=int, metavar="N", help="images (default: 8 on the CPU, 256 on a card)")
+    add(
+        "--batch", type=int, nargs="+", metavar="N", help="images (default: 8 on the CPU, 256 on a card; host: 1 2 4 8)"
+    )
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--amp", choices=AMP_DTYPES, default="off", help="mixed precision; for stages, the storage dtype")
     add("--providers", nargs="+", metavar="NAME", help=f"from {', '.join(providers.NATIVE)}, BACKEND, BACKEND/MODE")
@@ -56,6 +63,7 @@ def build_parser():
     add("--seconds", type=float, default=3.0, metavar="S", help="of timed rounds a table (default: 3)")
     add("--rounds", type=int, default=200, metavar="N", help="at most (default: 200)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
+    add("--clock", choices=timing.CLOCKS, default="wall", help="thread: one thread's CPU time, on a busy machine")
     add("--json", metavar="FILE", help="write header and rows there")
     add("--write-modes", action="store_true", help="blocks: write the table that automatic mode goes by")
     return parser
@@ -82,8 +90,8 @@ def _device(name):
 def run(args):
     """Measure and print; returns the rows."""
     device = _device(args.device)
-    if args.graph and device.type != "cuda":
-        raise BenchError("--graph needs a CUDA device")
+    if args.graph and (device.type != "cuda" or args.level == "host"):
+        raise BenchError("--graph needs a CUDA device, and a level other than host: a graph has no host cost")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
@@ -92,21 +100,22 @@ def run(args):
     if args.list or not subjects:
         print("\n".join(s.name for s in subjects) or f"no {args.level} has {args.only!r} in its name (see --list)")
         return []
-    setting = Setting(device, args.batch or (256 if device.type == "cuda" else 8), args.amp)
+    usual = host.BATCHES if args.level == "host" else [256 if device.type == "cuda" else 8]
+    now = timing.clock(args.clock, device)
     wanted = _providers(args, device)
-    header, rows = environment.header(device), []
+    header, rows = environment.header(device) | {"clock": args.clock}, []
     print(f"{header['device']}, torch {header['torch']}, {header['threads']} threads, commit {header['commit']}")
     if args.write_modes and args.level != "block":
         raise BenchError("--write-modes needs blocks: python -m mnet_kernels.bench block --write-modes")
     started = time.perf_counter()
-    for subject in subjects:
+    for subject, batch in itertools.product(subjects, args.batch or usual):
+        setting = Setting(device, batch, args.amp)
         directions = [d for d in subject.directions if not args.direction or d in args.direction]
         prepared = compare.prepare(subject, wanted, setting, directions)
         for direction in directions:
             for launch in compare.LAUNCHES[: 1 + args.graph]:
-                found = compare.measure(
-                    subject, prepared, setting, direction, launch, seconds=args.seconds, max_rounds=args.rounds
-                )
+                bounds = {"seconds": args.seconds, "max_rounds": args.rounds, "now": now}
+                found = compare.measure(subject, prepared, setting, direction, launch, **bounds)
                 print("\n" + table.table(found), flush=True)
                 rows += found
                 if args.json:
@@ -119,6 +128,9 @@ def run(args):
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        return report.main(argv[1:])
     args = build_parser().parse_args(argv)
     try:
         rows = run(args)

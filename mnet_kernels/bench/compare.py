@@ -8,7 +8,7 @@ import time
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import memory, providers, statistics, timing
+from . import BenchError, memory, providers, statistics, timing
 
 AGAIN = " (again)"  # the baseline a second time: the noise floor
 LAUNCHES = ("eager", "graph")
@@ -22,6 +22,7 @@ def key(subject, setting, direction, launch, provider):
         "device": setting.device.type,
         "batch": setting.batch,
         "amp": setting.amp,
+        "training": setting.training,
         "direction": direction,
         "launch": launch,
         "provider": provider,
@@ -100,36 +101,42 @@ class Prepared:
         facts = {"first_call_s": time.perf_counter() - start}
         if self.provider.backend == "native" and self.provider.compile is None and direction != "backward":
             facts["convolutions"] = convolutions(call)
+            others = [label for label in facts["convolutions"] if not label.endswith(": Cudnn")]
+            if self.provider.name == "cudnn" and others:
+                raise BenchError(f"torch gives these convolutions to others than cuDNN: {', '.join(others)}")
         if direction == "train" and self.workload.forward_for_saving is not None:
             facts["saved_bytes"] = memory.saved_bytes(self.workload.forward_for_saving, self.workload.parameters)
         facts["peak_bytes"] = memory.peak_bytes(call, setting.device)
         self.calls[direction], self.facts[direction] = call, facts
 
 
-def prepare(subject, wanted, setting, directions, limit=None):
+def prepare(subject, wanted, setting, directions, limit=None, baseline=providers.NATIVE[providers.BASELINE]):
     """Workloads of all providers, and of the baseline a second time.
 
     Args:
         wanted: providers; the baseline is added if it is missing, those without a kernel for the subject left out.
         limit: seconds that preparing one provider (compilation above all) may take.
+        baseline: the provider that the others are held against.
     """
     torch._dynamo.reset()  # compiled code of earlier subjects counts towards Dynamo's recompile limit
-    base = providers.NATIVE[providers.BASELINE]
-    found = {base.name: Prepared(subject, base, setting, directions)}
-    found[base.name + AGAIN] = Prepared(subject, base, setting, directions)
+    found = {name: Prepared(subject, baseline, setting, directions) for name in (baseline.name, baseline.name + AGAIN)}
     for provider in wanted:
         if provider.name not in found and subject.runs_on(provider):
             found[provider.name] = Prepared(subject, provider, setting, directions, limit)
     return found
 
 
-def measure(subject, prepared, setting, direction, launch="eager", **bounds):
+def measure(
+    subject, prepared, setting, direction, launch="eager", baseline=providers.BASELINE, keep_samples=False, **bounds
+):
     """Time prepared providers against each other; returns one row each, errors included.
 
     Args:
-        prepared: of :func:`prepare`.
+        prepared: of :func:`prepare`, with the same baseline.
         direction: of the subject's.
         launch: ``eager``, or ``graph``: every call captured once in a CUDA graph and replayed.
+        baseline: the name of the provider that the others are held against.
+        keep_samples: put every sample into the rows too.
         bounds: of :func:`timing.interleave`.
     """
     calls, rows = {}, {}
@@ -146,15 +153,21 @@ def measure(subject, prepared, setting, direction, launch="eager", **bounds):
             row["error"] = _error(exc)
     if not calls:
         return list(rows.values())
+    clock = setting.device
+    if subject.level == "host":
+        clock, bounds = torch.device("cpu"), bounds | {"now": timing.CLOCKS["thread"]}
     with timing.stream(setting.device):
-        samples = timing.interleave(calls, setting.device, **bounds)
-    base, again = samples.get(providers.BASELINE), samples.get(providers.BASELINE + AGAIN)
+        samples = timing.interleave(calls, clock, **bounds)
+    timing.synchronize(setting.device)
+    base, again = samples.get(baseline), samples.get(baseline + AGAIN)
     noise = statistics.noise_floor(base, again) if base and again else None
     for name, found in samples.items():
         low, median, high = statistics.quantiles(found)
         row = rows[name]
+        if keep_samples:
+            row["samples_ms"] = found
         row |= {"median_ms": median, "q20_ms": low, "q80_ms": high, "rounds": len(found)}
-        if noise is not None and name != providers.BASELINE:
+        if noise is not None and name != baseline:
             interval = statistics.ratio(base, found)
             row |= {"speedup": interval.median, "speedup_low": interval.low, "speedup_high": interval.high}
             row |= {"noise": noise, "verdict": statistics.verdict(interval, noise)}

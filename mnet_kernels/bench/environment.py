@@ -1,5 +1,6 @@
 """What a result depends on: machine, card, driver, versions, source."""
 
+import datetime
 import hashlib
 import importlib.metadata
 import os
@@ -64,11 +65,21 @@ def _card(device):
     return {"driver": values.pop("driver_version"), "clocks": values}
 
 
+def load():
+    """The machine's load average over the last minute; None where the system has none."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
 def header(device):
     """Everything a reader needs to place a figure, as plain values."""
     device = torch.device(device)
     found = {
         "package": __version__,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "load": load(),
         "commit": commit(),
         "sources": sources(),
         "device": metrics.device_name(device),

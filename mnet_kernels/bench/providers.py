@@ -31,6 +31,8 @@ NATIVE = {
         Provider("compile", compile="default"),
         # Graphs are captured around whole steps, alike for every provider: not by torch.compile itself.
         Provider("max-autotune", compile="max-autotune-no-cudagraphs"),
+        # eager, but refused where torch gives a convolution to another library than cuDNN
+        Provider("cudnn"),
     )
 }
 
@@ -66,11 +68,13 @@ def runnable(device):
 
 
 def parse(names, device):
-    """Providers by name: ``nchw``, ``eager``, ``compile``, ``max-autotune``, ``BACKEND`` or ``BACKEND/MODE``."""
+    """Providers by name: one of :data:`NATIVE`, ``BACKEND`` or ``BACKEND/MODE``."""
     found = []
     for name in names:
         backend, _, mode = name.partition("/")
         if name in NATIVE:
+            if name == "cudnn" and torch.device(device).type != "cuda":
+                raise BenchError(f"provider 'cudnn' cannot be measured on {device}: it needs a CUDA card")
             found.append(NATIVE[name])
         elif backend in backends.NAMES and backend != "native" and mode in ("", *backends.MODE_STAGES):
             found += fused(backend, device, mode or None)

@@ -99,17 +99,28 @@ def models(names=None, width=1.0, resolution=224):
     return found
 
 
+def title(module, shape):
+    """What a block is: input size, layers, activation, ``+x`` (residual) and ``+se`` (squeeze-excite)."""
+    rows, activations = record(module, shape)
+    flags = ["+x"] * getattr(module, "use_res_connect", False)
+    flags += ["+se"] * any(child.endswith("fc1") for child, _ in module.named_modules())
+    return " ".join(["x".join(map(str, shape)), *map(str, rows), *activations, *flags])
+
+
+def placed(model):
+    """(path, block) of every block of a :class:`Model`, in order; equal ones have equal names, which begin with the
+    model's."""
+    shapes, name = _input_shapes(model), model.name.split()[0]
+    return [
+        (path, Block(f"{name} {title(module, shapes[path])}", module, shapes[path]))
+        for path, module in _outermost(model.module)
+    ]
+
+
 def blocks(names=None, width=1.0, resolution=224):
-    """The distinct blocks of the models, each once: named by model, input size, layers, activation, ``+x`` (residual)
-    and ``+se`` (squeeze-excite)."""
+    """The distinct blocks of the models, each once."""
     found = {}
-    for name, model in zip(names or MODELS, models(names, width, resolution), strict=True):
-        shapes = _input_shapes(model)
-        for path, module in _outermost(model.module):
-            rows, activations = record(module, shapes[path])
-            flags = ["+x"] * getattr(module, "use_res_connect", False)
-            flags += ["+se"] * any(child.endswith("fc1") for child, _ in module.named_modules())
-            size = "x".join(map(str, shapes[path]))
-            title = " ".join([name, size, *map(str, rows), *activations, *flags])
-            found.setdefault(title, Block(title, module, shapes[path]))
+    for model in models(names, width, resolution):
+        for _, block in placed(model):
+            found.setdefault(block.name, block)
     return list(found.values())

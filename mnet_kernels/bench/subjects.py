@@ -19,11 +19,12 @@ CLASSES = 1000
 
 
 class Setting(NamedTuple):
-    """How everything runs: device, images a batch, mixed precision (a key of ``AMP_DTYPES``)."""
+    """How everything runs: device, images a batch, mixed precision (a key of ``AMP_DTYPES``), training or eval mode."""
 
     device: torch.device
     batch: int
     amp: str = "off"
+    training: bool = True
 
     @property
     def storage(self):
@@ -52,7 +53,7 @@ def _input(shape, setting, provider, dtype, generator):
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a model in training mode; ``forward`` is without autograd, ``train`` forward and backward."""
+    """One block of a model; ``forward`` is without autograd, ``train`` forward and backward."""
 
     name: str
     module: torch.nn.Module = field(compare=False)
@@ -66,7 +67,7 @@ class Block:
 
     def prepare(self, provider, setting):
         generator = torch.Generator().manual_seed(0)
-        module = providers.fit(self.module, provider, setting.device).train()
+        module = providers.fit(self.module, provider, setting.device).train(setting.training)
         # in a network under autocast the block before hands on its output in the autocast dtype
         x = _input(self.shape, setting, provider, setting.storage, generator).requires_grad_()
         leaves = [x, *module.parameters()]
@@ -105,7 +106,7 @@ class Model:
 
     def prepare(self, provider, setting):
         generator = torch.Generator().manual_seed(0)
-        module = providers.fit(self.module, provider, setting.device).train()
+        module = providers.fit(self.module, provider, setting.device).train(setting.training)
         images = _input(self.shape, setting, provider, torch.float32, generator)
         labels = torch.randint(CLASSES, (setting.batch,), generator=generator).to(setting.device)
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)

@@ -10,7 +10,7 @@ def _number(value, digits):
 
 
 def _milliseconds(value):
-    return _number(value, 3 if value is not None and value < 10 else 1)
+    return _number(value, 1 if value is None or value >= 10 else 3 if value >= 1 else 4)
 
 
 def _cells(row):

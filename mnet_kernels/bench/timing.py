@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from . import BenchError
+
 # A sample on the CPU lasts at least this long, by repeating the call: far above the clock's own cost.
 CPU_SAMPLE_SECONDS = 2e-3
 # Written before every sample on a card, so that each starts from the same (cold) second-level cache.  It also keeps
@@ -17,6 +19,28 @@ def synchronize(device):
     """Wait for everything enqueued on the device (nothing to wait for on the CPU)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+CLOCKS = {"wall": time.perf_counter_ns, "thread": time.thread_time_ns}
+
+
+def clock(name, device):
+    """The CPU's clock by name: ``wall``, or ``thread``, the CPU time of the one thread that works.
+
+    ``thread`` leaves out what other programs take of a busy machine, though not what they take of its caches.
+
+    Raises:
+        BenchError: more than one thread works, or a card does.
+    """
+    if name == "thread" and device.type != "cpu":
+        raise BenchError(
+            f"clock 'thread' is for the CPU; work on {device.type} is timed by the card itself: use 'wall'"
+        )
+    if name == "thread" and torch.get_num_threads() != 1:
+        raise BenchError(
+            f"clock 'thread' counts one thread's time, and torch has {torch.get_num_threads()}: --threads 1"
+        )
+    return CLOCKS[name]
 
 
 _streams = {}

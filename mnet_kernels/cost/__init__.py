@@ -51,8 +51,8 @@ class Cost:
         return sum(k.floor(device) for k in self.kernels[scheme] if layer in (None, k.layer))
 
 
-def cost(model, input_shape=(3, 224, 224), batch=256, dtype=torch.bfloat16, schemes=SCHEMES):
-    """What one training step costs.
+def cost(model, input_shape=(3, 224, 224), batch=256, dtype=torch.bfloat16, schemes=SCHEMES, training=True):
+    """What one training step costs, or a forward pass in eval mode.
 
     Args:
         model: an nn.Module of convolutions, batch norms, activations and linear layers, called in the order in which
@@ -61,6 +61,7 @@ def cost(model, input_shape=(3, 224, 224), batch=256, dtype=torch.bfloat16, sche
         batch: images a step.
         dtype: of activations and weights (batch-norm parameters and statistics stay as they are).
         schemes: of :data:`SCHEMES`.
+        training: False for the forward pass in eval mode, without autograd.
 
     Returns:
         :class:`Cost`.
@@ -75,11 +76,11 @@ def cost(model, input_shape=(3, 224, 224), batch=256, dtype=torch.bfloat16, sche
     eager = None
     for scheme in schemes:
         if scheme in ("eager", "compile"):
-            eager = eager or trace(model, input_shape, batch, dtype, "eager")
+            eager = eager or trace(model, input_shape, batch, dtype, "eager", training)
             calls, saved = eager
             result.kernels[scheme] = kernels(calls) if scheme == "eager" else compiled(calls)
         else:
-            calls, saved = trace(model, input_shape, batch, dtype, scheme)
+            calls, saved = trace(model, input_shape, batch, dtype, scheme, training)
             result.kernels[scheme] = kernels(calls)
         if scheme != "compile":
             result.saved[scheme] = saved

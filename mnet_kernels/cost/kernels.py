@@ -126,7 +126,7 @@ def kernels(calls):
             result += _convolution_backward(layer, args, outputs)
             continue
         moved = _size(tree_leaves(args)) + _size(outputs)
-        if op == "native_batch_norm":
+        if op == "native_batch_norm" and args[5]:  # statistics of the batch
             moved += _size(args[:1])
         elif op == "native_batch_norm_backward":
             moved += _size(args[:2])

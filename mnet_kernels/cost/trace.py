@@ -152,9 +152,9 @@ def layers(model, input_shape):
     return [result[i] for i in range(len(found))]
 
 
-def trace(model, input_shape, batch, dtype, scheme):
-    """(calls of one training step, bytes saved for backward)."""
-    twin = _meta_twin(model, dtype).train()
+def trace(model, input_shape, batch, dtype, scheme, training=True):
+    """(calls of one training step, bytes saved for backward); not ``training``: of a forward pass in eval mode."""
+    twin = _meta_twin(model, dtype).train(training)
     recorder = _Recorder(_weights(_walk(twin)))
     kept, storages = {p.untyped_storage()._cdata for p in twin.parameters()}, {}
 
@@ -169,6 +169,10 @@ def trace(model, input_shape, batch, dtype, scheme):
     with backend(name, mode), recorder:
         if choose(x.device, dtype).backend != name:
             raise ValueError(f"{scheme} cannot be traced while MNET_BACKEND={os.environ['MNET_BACKEND']}: unset it")
+        if not training:
+            with torch.no_grad():
+                twin(x)
+            return recorder.calls, 0
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = twin(x)
         recorder.phase = "backward"

@@ -6,6 +6,7 @@ stage, the table holds the reference's (functional.py says so once; see backends
 
 import collections
 import contextlib
+import types
 
 import torch
 
@@ -57,6 +58,21 @@ def count_stages():
         inner, _counts = _counts, outer
         if outer is not None:
             outer.update(inner)
+
+
+@contextlib.contextmanager
+def wrapped(wrap):
+    """Within the context every stage is called through ``wrap(name, call)``, a callable with the stage's arguments.
+
+    For tracing, which so costs nothing at other times.  Compiled graphs keep the calls they were traced with.
+    """
+    before = dict(_tables)
+    for backend, table in before.items():
+        _tables[backend] = types.SimpleNamespace(**{name: wrap(name, call) for name, call in vars(table).items()})
+    try:
+        yield
+    finally:
+        _tables.update(before)
 
 
 def setup():

@@ -1,7 +1,7 @@
 """Checks what nvcc made of one .cu file: X.cubin, with the report of `ptxas -v` beside it as X.cubin.log.
 
 No kernel may spill, use local memory or exceed its bounds of registers and shared memory (kernel_bounds.txt).  The SASS
-is read too where there is a cuobjdump (the toolkit's, or the one in triton's wheel): a kernel named by --vectorized must
+is read too where there is a cuobjdump (the toolkit's, or the one in triton's wheel): one named by --vectorized must
 load and store 16 bytes at a time, one named by --vector-loads must load so, and one whose mangled name matches
 --instructions PATTERN=OPCODE,... must hold each of the opcodes.
 """
