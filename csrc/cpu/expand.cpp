@@ -1,7 +1,6 @@
 #include "expand.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "../common/moments.h"
 
