@@ -245,7 +245,7 @@ BAD = {
     "cast it": lambda x, w, bn, g: (x, w.bfloat16(), bn, 0, None, True),
     r"bn has shape \[5, 5\]": lambda x, w, bn, g: (x, w, bn[:, :5].contiguous(), 0, None, True),
     "without bn": lambda x, w, bn, g: (x, w, None, 2, None, True),
-    "an index from 0 to 3": lambda x, w, bn, g: (x, w, bn, 4, None, True),
+    "an index from 0 to 4": lambda x, w, bn, g: (x, w, bn, 5, None, True),
     r"gate has shape \[1, 6\]": lambda x, w, bn, g: (x, w, bn, 0, g[:1], True),
 }
 

@@ -34,6 +34,7 @@ def sample(n=2, c=3, e=5, o=4, h=7, w=6, k=3, stride=2, dtype=torch.float32, how
     bn_c, bn_e, bn_o = table(5, c), table(5, e), table(5, o)
     gate, count = table(n, e), n * h * w
     gram, shift = reference.gram(x), table(c)
+    bn_w = reference.expand_finalize(gram, w1, table(e), table(e), 1e-5, x.numel() // c)[0]
     up_y = (ye, ye, bn_e, table(4, e), 0)
     up_y3 = (y3, y3, bn_o, table(4, o), 2)
     return {
@@ -69,7 +70,8 @@ def sample(n=2, c=3, e=5, o=4, h=7, w=6, k=3, stride=2, dtype=torch.float32, how
             (*up_y3, w3, gate, gate, ye, bn_e, table(4, e), 3, x, shift, w1, bn_e, 3, w2, stride, False, False),
         ],
         "expand_finalize_backward": [
-            (table(e, c + 1), gram, shift, bn_e, w1, count),
+            # tables that belong together: the mean of W (x - k) is given twice, by bn and by gram
+            (table(e, c + 1), gram, gram[-1], bn_w, w1, count),
             (table(e, c + 1), None, shift, bn_e, w1, count),
         ],
         "expand_mix": [(x, x, shift, table(c + 1, c), None), (x, x, shift, table(c + 1, c), map_(c))],
