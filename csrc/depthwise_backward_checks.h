@@ -27,7 +27,7 @@ inline DepthwiseBackwardCall prepare_depthwise_backward(
   call.dtype = storage_dtype(kOp, x);
   check_map(kOp, "x", x);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  check_depthwise_weight(kOp, weight, x);
+  check_depthwise_weight(kOp, weight, c, x);
   TORCH_CHECK(stride == 1 || stride == 2, kOp, ": stride is ", stride, ", expected 1 or 2");
   const int64_t out_h = (h - 1) / stride + 1, out_w = (w - 1) / stride + 1;
   check_map_like(kOp, "grad", grad, {n, c, out_h, out_w}, "x", x);
@@ -47,25 +47,13 @@ inline DepthwiseBackwardCall prepare_depthwise_backward(
   p.gate = check_table(kOp, "gate", gate, {n, c}, x);
   p.offset = check_table(kOp, "offset", offset, {n, c}, x);
   p.x = x.const_data_ptr();
-  p.weight = weight.const_data_ptr();
   p.bn = check_table(kOp, "bn", bn, {5, c}, x);
   if (residual.has_value()) {
     check_map_like(kOp, "residual", *residual, x.sizes(), "x", x);
     p.residual = residual->const_data_ptr();
   }
-  p.weight_stride_c = weight.stride(0);
-  p.weight_stride_h = weight.stride(2);
-  p.weight_stride_w = weight.stride(3);
-  p.n = n;
-  p.c = static_cast<int32_t>(c);
-  p.h = static_cast<int32_t>(h);
-  p.w = static_cast<int32_t>(w);
-  p.out_h = static_cast<int32_t>(out_h);
-  p.out_w = static_cast<int32_t>(out_w);
-  p.kernel = static_cast<int32_t>(weight.size(2));
-  p.stride = static_cast<int32_t>(stride);
+  set_depthwise_geometry(p, x, weight, act, stride);
   p.y_act = static_cast<Activation>(y_act);
-  p.act = static_cast<Activation>(act);
 
   const auto statistics = x.options().dtype(at::kFloat);
   call.gx = needs_dx ? at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast))

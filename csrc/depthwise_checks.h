@@ -26,14 +26,32 @@ inline Dtype storage_dtype(const char* op, const at::Tensor& x) {
   }
 }
 
-inline void check_depthwise_weight(const char* op, const at::Tensor& weight, const at::Tensor& x) {
-  const int64_t c = x.size(1);
+// The weight of a depthwise convolution of c channels in x's dtype.
+inline void check_depthwise_weight(const char* op, const at::Tensor& weight, int64_t c, const at::Tensor& x) {
   TORCH_CHECK(weight.dim() == 4 && weight.size(0) == c && weight.size(1) == 1 && weight.size(2) == weight.size(3) &&
                   (weight.size(2) == 3 || weight.size(2) == 5),
               op, ": weight has shape ", weight.sizes(), ", expected [", c, ", 1, k, k] with k 3 or 5");
   TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op, ": weight has dtype ", weight.scalar_type(),
               ", expected x's ", x.scalar_type(), "; cast it (weight.to(x.dtype))");
   TORCH_CHECK(weight.device() == x.device(), op, ": weight is on ", weight.device(), ", expected x's ", x.device());
+}
+
+// What DepthwiseParams and DepthwiseBackwardParams share; x [n, *, h, w] has the size of the convolution's input.
+template <typename Params>
+void set_depthwise_geometry(Params& p, const at::Tensor& x, const at::Tensor& weight, int64_t act, int64_t stride) {
+  p.weight = weight.const_data_ptr();
+  p.weight_stride_c = weight.stride(0);
+  p.weight_stride_h = weight.stride(2);
+  p.weight_stride_w = weight.stride(3);
+  p.n = x.size(0);
+  p.c = static_cast<int32_t>(weight.size(0));
+  p.h = static_cast<int32_t>(x.size(2));
+  p.w = static_cast<int32_t>(x.size(3));
+  p.out_h = static_cast<int32_t>((x.size(2) - 1) / stride + 1);
+  p.out_w = static_cast<int32_t>((x.size(3) - 1) / stride + 1);
+  p.kernel = static_cast<int32_t>(weight.size(2));
+  p.stride = static_cast<int32_t>(stride);
+  p.act = static_cast<Activation>(act);
 }
 
 struct DepthwiseCall {
@@ -56,7 +74,7 @@ inline DepthwiseCall prepare_depthwise(const at::Tensor& x, const at::Tensor& we
   TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast), "depthwise: x has shape ", x.sizes(), " and strides ",
               x.strides(), ", expected channels_last memory; call x.contiguous(memory_format=torch.channels_last)");
 
-  check_depthwise_weight("depthwise", weight, x);
+  check_depthwise_weight("depthwise", weight, c, x);
 
   TORCH_CHECK(stride == 1 || stride == 2, "depthwise: stride is ", stride, ", expected 1 or 2");
   TORCH_CHECK(act >= 0 && act < kNumActivations, "depthwise: act is ", act, ", expected an index from 0 to ",
@@ -81,22 +99,10 @@ inline DepthwiseCall prepare_depthwise(const at::Tensor& x, const at::Tensor& we
 
   DepthwiseParams& p = call.params;
   p.x = x.const_data_ptr();
-  p.weight = weight.const_data_ptr();
   p.bn = bn.has_value() ? bn->const_data_ptr<float>() : nullptr;
   p.y = call.y.mutable_data_ptr();
   p.moments = moments ? call.moments.mutable_data_ptr<float>() : nullptr;
-  p.weight_stride_c = weight.stride(0);
-  p.weight_stride_h = weight.stride(2);
-  p.weight_stride_w = weight.stride(3);
-  p.n = n;
-  p.c = static_cast<int32_t>(c);
-  p.h = static_cast<int32_t>(h);
-  p.w = static_cast<int32_t>(w);
-  p.out_h = static_cast<int32_t>(out_h);
-  p.out_w = static_cast<int32_t>(out_w);
-  p.kernel = static_cast<int32_t>(weight.size(2));
-  p.stride = static_cast<int32_t>(stride);
-  p.act = static_cast<Activation>(act);
+  set_depthwise_geometry(p, x, weight, act, stride);
   return call;
 }
 

@@ -12,6 +12,8 @@
 //   float32        128 x 64  48         2 / 2     half the columns a tile of 16-bit values has for the same bytes
 #pragma once
 
+#include <type_traits>
+
 #include "launch.h"
 #include "pointwise_walk.cuh"
 
@@ -52,36 +54,28 @@ constexpr int64_t kFewestWeightSlots = 8;
 // Calls f with the traits of a product of `columns` columns.
 template <typename F>
 auto with_product(Dtype dtype, bool tf32, int columns, F&& f) {
-  const auto with_columns = [&](auto zero) {
+  return with_storage(dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (columns <= kNarrowColumns) return f(NarrowTile<T>{});
-    return columns <= kMediumColumns ? f(MediumTile<T>{}) : f(WideTile<T>{});
-  };
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return with_columns(__nv_bfloat16{});
-    case Dtype::kFloat16:
-      return with_columns(__half{});
-    default:
+    if constexpr (std::is_same_v<T, float>) {
       return tf32 ? f(FloatTile{}) : f(ExactFloatTile{});
-  }
+    } else {
+      if (columns <= kNarrowColumns) return f(NarrowTile<T>{});
+      return columns <= kMediumColumns ? f(MediumTile<T>{}) : f(WideTile<T>{});
+    }
+  });
 }
 
 // Calls f with the traits of an input gradient of `columns` columns.
 template <typename F>
 auto with_gradient(Dtype dtype, bool tf32, int columns, F&& f) {
-  const auto with_columns = [&](auto zero) {
+  return with_storage(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return columns <= kMediumColumns ? f(MediumGradientTile<T>{}) : f(WideGradientTile<T>{});
-  };
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return with_columns(__nv_bfloat16{});
-    case Dtype::kFloat16:
-      return with_columns(__half{});
-    default:
+    if constexpr (std::is_same_v<T, float>) {
       return tf32 ? f(MediumGradientTile<float>{}) : f(ExactFloatGradientTile{});
-  }
+    } else {
+      return columns <= kMediumColumns ? f(MediumGradientTile<T>{}) : f(WideGradientTile<T>{});
+    }
+  });
 }
 
 // The blocks of `spans` spans of `span` positions; a function of the shape alone.
