@@ -35,7 +35,7 @@ int64_t depthwise_workspace(const DepthwiseParams& p, const DepthwisePlan& plan)
 void depthwise_units(const DepthwiseParams& p, Dtype dtype, const DepthwisePlan& plan, int64_t begin, int64_t end,
                      double* workspace, Capability capability) {
 #if defined(__x86_64__)
-  const auto run = capability == Capability::kAvx512 ? avx512::depthwise_unit
+  const auto run = capability >= Capability::kAvx512 ? avx512::depthwise_unit
                    : capability == Capability::kAvx2 ? avx2::depthwise_unit
                                                      : baseline::depthwise_unit;
 #else

@@ -44,7 +44,7 @@ int64_t depthwise_backward_workspace(const DepthwiseBackwardParams& p, const Dep
 void depthwise_backward_units(const DepthwiseBackwardParams& p, Dtype dtype, const DepthwiseBackwardPlan& plan,
                               int64_t begin, int64_t end, double* workspace, Capability capability) {
 #if defined(__x86_64__)
-  const auto run = capability == Capability::kAvx512 ? avx512::depthwise_backward_unit
+  const auto run = capability >= Capability::kAvx512 ? avx512::depthwise_backward_unit
                    : capability == Capability::kAvx2 ? avx2::depthwise_backward_unit
                                                      : baseline::depthwise_backward_unit;
 #else

@@ -16,7 +16,7 @@ constexpr int64_t kBlockBytes = 384 << 10;  // ring and weight of a block of cha
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int panel_columns(Capability capability) { return capability == Capability::kAvx512 ? 32 : 16; }
+int panel_columns(Capability capability) { return capability >= Capability::kAvx512 ? 32 : 16; }
 
 struct Kernels {
   decltype(&baseline::gram_unit) gram_unit;
@@ -36,7 +36,7 @@ struct Kernels {
 
 Kernels kernels(Capability capability) {
 #if defined(__x86_64__)
-  if (capability == Capability::kAvx512) return MNET_EXPAND_TABLE(avx512);
+  if (capability >= Capability::kAvx512) return MNET_EXPAND_TABLE(avx512);
   if (capability == Capability::kAvx2) return MNET_EXPAND_TABLE(avx2);
 #endif
   (void)capability;

@@ -22,7 +22,7 @@ struct Kernels {
 
 Kernels kernels(Capability capability) {
 #if defined(__x86_64__)
-  if (capability == Capability::kAvx512) return {avx512::expand_backward_pack_panel, avx512::expand_backward_unit};
+  if (capability >= Capability::kAvx512) return {avx512::expand_backward_pack_panel, avx512::expand_backward_unit};
   if (capability == Capability::kAvx2) return {avx2::expand_backward_pack_panel, avx2::expand_backward_unit};
 #endif
   (void)capability;
@@ -35,7 +35,7 @@ ExpandBackwardPlan plan_expand_backward(const ExpandBackwardParams& p, Capabilit
   const DepthwiseBackwardParams& d = p.depthwise;
   ExpandBackwardPlan plan{};
   plan.rows = d.n * d.h;
-  plan.panel = capability == Capability::kAvx512 ? 32 : 16;
+  plan.panel = capability >= Capability::kAvx512 ? 32 : 16;
   plan.panels = static_cast<int>(divide_up(d.c, plan.panel));
   plan.dx_panels = static_cast<int>(divide_up(p.expand.c, plan.panel));
   plan.taps = d.kernel * d.kernel;

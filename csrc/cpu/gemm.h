@@ -4,6 +4,10 @@
 // library's call per tile costs more than it gives.  One operand is packed in panels of kPanel columns, [ceil(N/kPanel)]
 // [K][kPanel], zero padded; a panel's kDepth rows fit in half the first-level cache.  The result is one panel, [M]
 // [kPanel]: the epilogue reads it from the first-level cache.  A block of kRowBlock x kPanel results lives in registers.
+//
+// Operands are made of words of the size of a float: a float or, where the processor multiplies them in pairs, two
+// bfloat16 values that follow each other along the depth (the first in the lower half; an odd depth ends with a zero).
+// Depths, and the distances of rows, count words.  Results are floats.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +27,17 @@ constexpr int kRowBlock = 6;  // 12 of 16 registers (24 of 32 half as wide)
 constexpr int kRowBlock = 2;  // 8 of 16 registers half as wide
 #endif
 static_assert(kDepth * kPanel * sizeof(float) <= 16 * 1024, "half of a first-level cache of 32 KiB");
+
+#if defined(MNET_CPU_BF16)
+constexpr int kPerWord = 2;
+MNET_HD Vec multiply_add(Vec sum, float word, Vec row) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)row, (__m512bh)_mm512_set1_ps(word));
+}
+#else
+constexpr int kPerWord = 1;
+MNET_HD Vec multiply_add(Vec sum, float word, Vec row) { return sum + word * row; }
+#endif
+constexpr int words(int depth) { return (depth + kPerWord - 1) / kPerWord; }
 
 MNET_HD Vec load_vec(const float* from) { return load_lanes<false, float, Vec>(from, kLanes); }
 MNET_HD void store_vec(float* to, Vec v) { copy_lanes<false, float>(to, &v, kLanes); }
@@ -74,7 +89,7 @@ MNET_HD void multiply_block(const float* a, int64_t lda, const float* b, int dep
     for (int r = 0; r < kRows; ++r) {
       const float factor = kTransposed ? a[r] : a[r * lda];
       MNET_UNROLL
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = sum[r][v] + factor * row[v];
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = multiply_add(sum[r][v], factor, row[v]);
     }
     a += kTransposed ? lda : 1;
     b += kPanel;
@@ -134,23 +149,87 @@ inline void multiply_deep(const float* a, int64_t lda, const float* b, int depth
   }
 }
 
+// The word of a column of B that holds rows k, k + 1, ... of `depth`; `at` is the element of row k.
+template <typename Storage>
+MNET_HD float packed_word(const void* from, int64_t at, int64_t stride_k, bool last) {
+#if defined(MNET_CPU_BF16)
+  const auto* elements = static_cast<const uint16_t*>(from);
+  const uint32_t bits = elements[at] | (last ? 0u : uint32_t{elements[at + stride_k]} << 16);
+  float word;
+  std::memcpy(&word, &bits, sizeof word);
+  return word;
+#else
+  (void)stride_k;
+  (void)last;
+  return Storage::scalar(from, at);
+#endif
+}
+
 // Packs columns [first, first + kPanel) of B[depth, columns], whose elements are storage values at the given strides.
 template <typename Storage>
 void pack_panel(const void* from, int64_t stride_k, int64_t stride_n, int depth, int first, int columns, float* to) {
   const int used = least(kPanel, columns - first);
-  for (int k = 0; k < depth; ++k) {
+  const auto put = [&](int k, int j) __attribute__((always_inline)) {
+    const int64_t at = int64_t{k} * kPerWord * stride_k + (first + j) * stride_n;
+    to[int64_t{k} * kPanel + j] = packed_word<Storage>(from, at, stride_k, k * kPerWord + 1 == depth);
+  };
+  for (int k = 0; k < words(depth); ++k) {
     for (int j = used; j < kPanel; ++j) to[int64_t{k} * kPanel + j] = 0.f;
   }
   if (stride_n == 1) {
-    for (int k = 0; k < depth; ++k) {
-      for (int j = 0; j < used; ++j) to[int64_t{k} * kPanel + j] = Storage::scalar(from, k * stride_k + first + j);
+    for (int k = 0; k < words(depth); ++k) {
+      for (int j = 0; j < used; ++j) put(k, j);
     }
     return;
   }
   for (int j = 0; j < used; ++j) {
-    const int64_t column = (first + j) * stride_n;
-    for (int k = 0; k < depth; ++k) to[int64_t{k} * kPanel + j] = Storage::scalar(from, column + k * stride_k);
+    for (int k = 0; k < words(depth); ++k) put(k, j);
   }
+}
+
+// Values [c, c + kLanes) of a row of a left operand, or of one row of a panel that is multiplied along its rows.
+// kExact: they are values of the storage already.
+template <typename Storage, bool kExact>
+MNET_HD void store_row(float* row, int64_t c, Vec v) {
+#if defined(MNET_CPU_BF16)
+  const Packed packed = Storage::pack(v);
+  std::memcpy(reinterpret_cast<Packed*>(row) + c / kLanes, &packed, sizeof packed);
+#else
+  store_vec(row + c, kExact ? v : Storage::round(v));
+#endif
+}
+
+// One vector of row `row` of a right operand that is as deep as it has rows: rows are stored in ascending order.
+template <typename Storage, bool kExact>
+MNET_HD void store_deep(float* panel, int row, Vec v) {
+#if defined(MNET_CPU_BF16)
+  float* to = panel + row / 2 * kPanel;
+  const Bits value = widen(Storage::pack(v));
+  store_vec(to, float_of(row % 2 == 0 ? value : bits_of(load_vec(to)) | value << 16));
+#else
+  store_vec(panel + row * kPanel, kExact ? v : Storage::round(v));
+#endif
+}
+
+// The left operand of a product along the rows: words of rows 2i and 2i + 1 of a tile, [words(rows)][stride * kPerWord].
+// Where a word is one value that is the tile itself, and `to` is not used.
+inline const float* rows_as_depth(const float* tile, int64_t stride, int rows, int channels, float* to) {
+#if defined(MNET_CPU_BF16)
+  for (int row = 0; row < rows; row += 2) {
+    const auto* upper = reinterpret_cast<const Packed*>(tile + row * stride);
+    const auto* lower = reinterpret_cast<const Packed*>(tile + (row + 1) * stride);
+    for (int c = 0; c < channels; c += kLanes) {
+      Packed a, b{};
+      std::memcpy(&a, upper + c / kLanes, sizeof a);
+      if (row + 1 < rows) std::memcpy(&b, lower + c / kLanes, sizeof b);
+      store_vec(to + row * stride + c, float_of(widen(a) | widen(b) << 16));
+    }
+  }
+  return to;
+#else
+  (void)stride, (void)rows, (void)channels, (void)to;
+  return tile;
+#endif
 }
 
 }  // namespace mnet::cpu::MNET_CPU_NAMESPACE

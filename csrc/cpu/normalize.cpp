@@ -28,7 +28,7 @@ int64_t normalize_backward_workspace(const NormalizeParams& p, const NormalizePl
 
 #if defined(__x86_64__)
 #define MNET_CHOOSE(function)                                    \
-  (capability == Capability::kAvx512 ? avx512::function          \
+  (capability >= Capability::kAvx512 ? avx512::function          \
    : capability == Capability::kAvx2 ? avx2::function : baseline::function)
 #else
 #define MNET_CHOOSE(function) ((void)capability, baseline::function)

@@ -29,7 +29,7 @@ PointwisePlan make_plan(int64_t positions, int depth, int columns, int64_t tiles
   plan.tile_rows = depth > kLongDepth ? kShortTileRows : kTileRows;
   plan.depth = depth;
   plan.columns = columns;
-  plan.panel = capability == Capability::kAvx512 ? 32 : 16;
+  plan.panel = capability >= Capability::kAvx512 ? 32 : 16;
   plan.panels = static_cast<int>(divide_up(columns, plan.panel));
   const int64_t tiles = divide_up(positions, plan.tile_rows);
   plan.rows_per_chunk = std::max(tiles_per_chunk, divide_up(tiles, max_chunks)) * plan.tile_rows;
@@ -58,16 +58,19 @@ struct Kernels {
   decltype(&baseline::pointwise_backward_unit) backward_unit;
 };
 
-Kernels kernels(Capability capability) {
+Kernels kernels(Capability capability, Dtype dtype) {
 #if defined(__x86_64__)
-  if (capability == Capability::kAvx512) {
+  if (capability >= Capability::kAvx512Bf16 && dtype == Dtype::kBFloat16) {
+    return {avx512bf16::pointwise_pack_panel, avx512bf16::pointwise_unit, avx512bf16::pointwise_backward_unit};
+  }
+  if (capability >= Capability::kAvx512) {
     return {avx512::pointwise_pack_panel, avx512::pointwise_unit, avx512::pointwise_backward_unit};
   }
   if (capability == Capability::kAvx2) {
     return {avx2::pointwise_pack_panel, avx2::pointwise_unit, avx2::pointwise_backward_unit};
   }
 #endif
-  (void)capability;
+  (void)capability, (void)dtype;
   return {baseline::pointwise_pack_panel, baseline::pointwise_unit, baseline::pointwise_backward_unit};
 }
 
@@ -89,7 +92,7 @@ PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& p, Capabili
 void pointwise_pack(const PointwiseParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin, int64_t end,
                     float* packed, Capability capability) {
   for (int64_t i = begin; i < end; ++i) {
-    kernels(capability).pack_panel(p.weight, dtype, p.weight_stride_c, p.weight_stride_e, plan.depth,
+    kernels(capability, dtype).pack_panel(p.weight, dtype, p.weight_stride_c, p.weight_stride_e, plan.depth,
                                    static_cast<int>(i) * plan.panel, plan.columns, packed + i * plan.panel * plan.depth);
   }
 }
@@ -97,19 +100,19 @@ void pointwise_pack(const PointwiseParams& p, Dtype dtype, const PointwisePlan& 
 void pointwise_backward_pack(const PointwiseBackwardParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin,
                              int64_t end, float* packed, Capability capability) {
   for (int64_t i = begin; i < end; ++i) {
-    kernels(capability).pack_panel(p.weight, dtype, p.weight_stride_e, p.weight_stride_c, plan.depth,
+    kernels(capability, dtype).pack_panel(p.weight, dtype, p.weight_stride_e, p.weight_stride_c, plan.depth,
                                    static_cast<int>(i) * plan.panel, plan.columns, packed + i * plan.panel * plan.depth);
   }
 }
 
 void pointwise_units(const PointwiseParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin, int64_t end,
                      const PointwiseWorkspace& workspace, Capability capability) {
-  for (int64_t i = begin; i < end; ++i) kernels(capability).unit(p, dtype, plan, unit_of(plan, i), workspace);
+  for (int64_t i = begin; i < end; ++i) kernels(capability, dtype).unit(p, dtype, plan, unit_of(plan, i), workspace);
 }
 
 void pointwise_backward_units(const PointwiseBackwardParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin,
                               int64_t end, const PointwiseWorkspace& workspace, Capability capability) {
-  for (int64_t i = begin; i < end; ++i) kernels(capability).backward_unit(p, dtype, plan, unit_of(plan, i), workspace);
+  for (int64_t i = begin; i < end; ++i) kernels(capability, dtype).backward_unit(p, dtype, plan, unit_of(plan, i), workspace);
 }
 
 void pointwise_finish(const PointwiseParams& p, const PointwisePlan& plan, const double* sums) {

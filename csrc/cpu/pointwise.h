@@ -83,5 +83,6 @@ struct PointwiseUnit {
 MNET_POINTWISE_KERNELS(baseline)
 MNET_POINTWISE_KERNELS(avx2)
 MNET_POINTWISE_KERNELS(avx512)
+MNET_POINTWISE_KERNELS(avx512bf16)  // of bfloat16 alone
 
 }  // namespace mnet::cpu

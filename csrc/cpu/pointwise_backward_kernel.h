@@ -21,7 +21,8 @@ namespace mnet::cpu::MNET_CPU_NAMESPACE {
 template <typename Storage>
 struct PanelColumn {
   const float* product;  // gz, rows kPanel apart
-  float* activated;      // z, likewise
+  float* activated;      // z of all the tile's rows, as the right operand of dW
+  int first;             // this part's first row there
   const typename Storage::Lane* x;         // rows `pitch` apart, as gx and residual
   const typename Storage::Lane* residual;  // or nullptr
   typename Storage::Lane* gx;              // or nullptr
@@ -39,7 +40,7 @@ void masked_column(const PanelColumn<Storage>& p, int rows, Vec* sums) {
   for (int row = 0; row < rows; ++row) {
     const Vec x = load_map<Storage, kPartial>(p.x + row * p.pitch, p.valid);
     const Vec u = scale * x + shift;
-    store_vec(p.activated + row * kPanel, Storage::round(Act::fwd(u)));
+    store_deep<Storage, false>(p.activated, p.first + row, Act::fwd(u));
     Vec g = load_vec(p.product + row * kPanel) * Act::bwd(u);
     if constexpr (kStore) g = store_map<Storage, kPartial>(p.gx + row * p.pitch, g, p.valid);
     sum = sum + g;
@@ -58,7 +59,7 @@ void gated_column(const PanelColumn<Storage>& p, int rows, Vec* sums) {
   for (int row = 0; row < rows; ++row) {
     const Vec x = load_map<Storage, kPartial>(p.x + row * p.pitch, p.valid);
     const Vec u = scale * x + shift, z = Act::fwd(u);
-    store_vec(p.activated + row * kPanel, Storage::round(z * gate));
+    store_deep<Storage, false>(p.activated, p.first + row, Vec(z * gate));
     Vec dz = load_vec(p.product + row * kPanel);
     if (p.gx != nullptr) dz = store_map<Storage, kPartial>(p.gx + row * p.pitch, dz, p.valid);
     const Vec g = dz * Act::bwd(u);
@@ -78,7 +79,7 @@ void plain_column(const PanelColumn<Storage>& p, int rows) {
   for (int row = 0; row < rows; ++row) {
     const int64_t at = row * p.pitch;
     const Vec x = load_map<Storage, kPartial>(p.x + at, p.valid);
-    store_vec(p.activated + row * kPanel, p.gate == nullptr ? x : Storage::round(x * gate));
+    store_deep<Storage, true>(p.activated, p.first + row, p.gate == nullptr ? x : Storage::round(x * gate));
     if (p.gx == nullptr) continue;
     Vec g = load_vec(p.product + row * kPanel);
     if (p.residual != nullptr) g = g + load_map<Storage, kPartial>(p.residual + at, p.valid);
@@ -108,7 +109,7 @@ void column_rows(const PointwiseBackwardParams& p, PanelColumn<Storage> column, 
   for_images(row, rows, p.image_positions, [&](int64_t image, int first, int count) {
     PanelColumn<Storage> piece = column;
     piece.product += first * kPanel;
-    piece.activated += first * kPanel;
+    piece.first = first;
     piece.x += first * column.pitch;
     if (column.gx != nullptr) piece.gx += first * column.pitch;
     piece.gate += image * p.c;
@@ -125,9 +126,10 @@ template <typename Storage>
 void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePlan& plan, const PointwiseUnit& unit,
                             const PointwiseWorkspace& workspace) {
   using Lane = typename Storage::Lane;
-  const int64_t stride = tile_stride(p.e), padded = plan.padded_columns();
-  Arena arena(plan.tile_rows * (stride + 2 * kPanel) + 5 * stride + 3 * (padded + 16));
+  const int64_t stride = tile_stride(words(p.e)), padded = plan.padded_columns();
+  Arena arena(plan.tile_rows * (kPerWord * stride + 2 * kPanel) + 5 * tile_stride(p.e) + 3 * (padded + 16));
   float* tile = arena.take(plan.tile_rows * stride);
+  float* turned = kPerWord == 1 ? nullptr : arena.take(plan.tile_rows * stride);
   float* product = arena.take(plan.tile_rows * kPanel);
   float* activated = arena.take(plan.tile_rows * kPanel);
   const auto upstream_table = [&](const float* table, int row) { return arena.copy(table + int64_t{row} * p.e, p.e); };
@@ -169,10 +171,11 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
       const int blocks = (needs_product ? rows / kRowBlock + 1 : 0) + (partial_dw != nullptr ? p.e / kRowBlock + 1 : 0);
       ahead.spread(int64_t{unit.panel_end - unit.panel_begin} * blocks);
     }
+    const float* deep = partial_dw == nullptr ? nullptr : rows_as_depth(tile, stride, rows, p.e, turned);
     for (int panel = unit.panel_begin; panel < unit.panel_end; ++panel) {
       const int column = panel * kPanel, used = least(kPanel, p.c - column);
       if (needs_product) {
-        multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.e, p.e, rows, used, product,
+        multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.e, words(p.e), rows, used, product,
                       ahead);
       }
       with_activation(p.act, [&](auto act) {
@@ -197,7 +200,7 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
         });
       });
       if (partial_dw != nullptr) {
-        multiply_panel<true>(tile, stride, activated, rows, p.e, used, partial_dw + int64_t{column} * p.e,
+        multiply_panel<true>(deep, stride * kPerWord, activated, words(rows), p.e, used, partial_dw + int64_t{column} * p.e,
                              row > unit.row_begin, ahead);
       }
     }

@@ -87,8 +87,8 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
                    const PointwiseWorkspace& workspace) {
   using Lane = typename Storage::Lane;
   static_assert(alignof(CacheLine) == 64, "pieces of the arena start on cache lines");
-  const int64_t stride = tile_stride(p.c);
-  Arena arena(plan.tile_rows * (stride + kPanel) + 2 * stride);
+  const int64_t stride = tile_stride(words(p.c));
+  Arena arena(plan.tile_rows * (stride + kPanel) + 2 * tile_stride(p.c));
   float* tile = arena.take(plan.tile_rows * stride);
   float* result = arena.take(plan.tile_rows * kPanel);
   const float* scale = p.bn == nullptr ? nullptr : arena.copy(p.bn, p.c);
@@ -111,7 +111,7 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
     }
     for (int panel = unit.panel_begin; panel < unit.panel_end; ++panel) {
       const int column = panel * kPanel, used = least(kPanel, p.e - column);
-      multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.c, p.c, rows, used, result,
+      multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.c, words(p.c), rows, used, result,
                     ahead);
       Lane* to = static_cast<Lane*>(p.y) + row * p.e + column;
       for_vectors(used, [&](auto partial, int c, int valid) {

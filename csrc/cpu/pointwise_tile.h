@@ -68,8 +68,7 @@ void activate_rows(const typename Storage::Lane* x, int rows, int channels, cons
       Vec z = load_map<Storage, kPartial>(x + int64_t{row} * channels + c, valid);
       if constexpr (kNormalized) z = Act::fwd(Vec(load_vec(scale + c) * z + load_vec(shift + c)));
       if constexpr (kGated) z = z * load_lanes<kPartial, float, Vec>(gate + c, valid);
-      if constexpr (kNormalized || kGated) z = Storage::round(z);
-      store_vec(tile + row * stride + c, z);
+      store_row<Storage, !(kNormalized || kGated)>(tile + row * stride, c, z);
     });
   }
 }
@@ -113,7 +112,7 @@ void upstream_rows(const typename Storage::Lane* grad, const typename Storage::L
       const Vec value = load_map<Storage, kPartial>(y + at, valid);
       Vec g = load_map<Storage, kPartial>(grad + at, valid);
       if constexpr (Act::kCode != Activation::kIdentity) g = g * Act::bwd(Vec(scale * value + load_vec(t.shift + e)));
-      store_vec(tile + row * stride + e, Storage::round(scale * g + b * (value - load_vec(t.mean + e)) + c));
+      store_row<Storage, false>(tile + row * stride, e, Vec(scale * g + b * (value - load_vec(t.mean + e)) + c));
     });
   }
 }

@@ -1,7 +1,7 @@
 // A vector of kLanes floats and its conversions to and from the storage dtypes.
 //
 // Included once by each capability's translation unit, which sets MNET_CPU_NAMESPACE, MNET_CPU_LANES and (where the
-// processor converts half precision itself) MNET_CPU_F16C, and switches the target on before the first function here.
+// processor converts half precision itself) MNET_CPU_F16C and (where it multiplies bfloat16) MNET_CPU_BF16, and switches the target on before the first function here.
 // The vectors are the compiler's own (GCC and clang): arithmetic, comparisons and ?: are written as for floats.
 //
 // Nothing here or in a kernel may call a function template of the standard library on a type that another translation
@@ -97,8 +97,13 @@ struct BFloat16 {
     const Bits nan = Bits{} + 0x7fc00000u;
     return v != v ? nan : rounded;
   }
+#if defined(MNET_CPU_BF16)
+  static MNET_HD Raw pack(Vec v) { return (Raw)_mm512_cvtneps_pbh((__m512)v); }
+  static MNET_HD Vec round(Vec v) { return unpack(pack(v)); }
+#else
   static MNET_HD Raw pack(Vec v) { return narrow(rounded_bits(v) >> 16); }
   static MNET_HD Vec round(Vec v) { return float_of(rounded_bits(v) & 0xffff0000u); }
+#endif
   static float scalar(const void* p, int64_t i) {
     const uint32_t b = static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16;
     float f;
@@ -151,6 +156,10 @@ struct Float16 {
 // Calls f with the storage of a run-time dtype.
 template <typename F>
 MNET_HD void with_storage(Dtype dtype, F&& f) {
+#if defined(MNET_CPU_BF16)
+  (void)dtype;  // the other dtypes run what is compiled for AVX-512
+  return f(BFloat16{});
+#else
   switch (dtype) {
     case Dtype::kBFloat16:
       return f(BFloat16{});
@@ -159,6 +168,7 @@ MNET_HD void with_storage(Dtype dtype, F&& f) {
     default:
       return f(Float32{});
   }
+#endif
 }
 
 template <bool value_>
