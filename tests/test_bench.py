@@ -243,11 +243,14 @@ def test_providers_by_name():
         providers.parse(["cuda"], CPU)
     with pytest.raises(BenchError, match="unknown provider"):
         stage_subjects.parse(["eager"], CPU)
+    (auto,) = providers.parse(["reference/auto"], CPU)
+    assert (auto.name, auto.backend, auto.mode) == ("reference/auto", "reference", "auto")
 
 
 def test_fused_backends_run_without_being_asked_for():
     want = [f"cpu/{mode}" for mode in backends.MODE_STAGES if backends.whole("cpu", mode)]
     assert [p.name for p in providers.runnable(CPU)] == want
+    assert [p.name for p in providers.automatic(CPU)] == (["cpu/auto"] if want else [])
 
 
 def test_saved_bytes():
