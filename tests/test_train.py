@@ -177,13 +177,35 @@ def test_checkpoint_gives_the_reported_accuracy(finished):
     )
 
 
-def test_curves_are_drawn(finished):
-    image = pytest.importorskip("matplotlib.image").imread(finished / "curves.png")
+def assert_curves(path):
+    image = pytest.importorskip("matplotlib.image").imread(path)
     assert min(image.shape[:2]) > 200
     assert image[..., :3].std() > 0.02
     columns = image[..., :3].min(axis=(0, 2))
     half = len(columns) // 2
     assert (columns[:half] < 0.5).any() and (columns[half:] < 0.5).any()  # something dark in both panels
+
+
+def test_curves_are_drawn(finished):
+    assert_curves(finished / "curves.png")
+
+
+def test_curves_of_several_runs_share_a_time_axis(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, plot = [], axes.plot
+    monkeypatch.setattr(
+        axes, "plot", lambda self, x, y, *a, **k: drawn.append((k["label"], x, y)) or plot(self, x, y, *a, **k)
+    )
+    records = [
+        {"epoch": e, "train_loss": 2.0 / e, "test_loss": 3.0 / e, "test_accuracy": 0.1 * e, "train_seconds": 60.0 * e}
+        for e in (1, 2, 3)
+    ]
+    assert metrics.plot(tmp_path / "curves.png", {"native": records, "cpu/auto": records[:2]}, "title") is None
+    assert_curves(tmp_path / "curves.png")
+    names = ["native, train", "native, test", "native", "cpu/auto, train", "cpu/auto, test", "cpu/auto"]
+    assert [name for name, _, _ in drawn] == names
+    assert drawn[0][1:] == ([1, 2, 3], [2.0, 1.0, 2.0 / 3]) and drawn[1][2] == [3.0, 1.5, 1.0]
+    assert drawn[2][1] == [1, 3, 6] and drawn[5][1] == [1, 3] and drawn[5][2] == pytest.approx([10, 20])
 
 
 def test_without_matplotlib_a_run_goes_through(tmp_path, monkeypatch, capsys):
@@ -493,6 +515,7 @@ def test_compare(tmp_path, capfd):
     # Each in a process of its own: its memory has nothing of this one's.
     first = [history(tmp_path / side)[0]["train_loss"] for side in ("native", "fused")]
     assert first[0] == pytest.approx(first[1], rel=2e-2)
+    assert_curves(tmp_path / "curves.png")
 
 
 def test_compare_reports_a_failing_child(tmp_path, capsys, monkeypatch):
