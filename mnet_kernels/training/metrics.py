@@ -149,7 +149,7 @@ def plot(path, runs, title):
         # The object interface with its own canvas: needs no display and leaves the caller's pyplot backend alone.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import StrMethodFormatter
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError:
         return f"matplotlib is not installed: no curves drawn ({EXTRA})"
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -165,6 +165,8 @@ def plot(path, runs, title):
         accuracy = [100 * record["test_accuracy"] for record in history]
         right.plot(minutes if len(runs) > 1 else epochs, accuracy, marker=".", color=color, label=name)
     left.set(xlabel="epoch", ylabel="cross-entropy loss", yscale="log")
+    for axes in (left,) if len(runs) > 1 else (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(xlabel="minutes of training" if len(runs) > 1 else "epoch", ylabel="test accuracy, %")
     for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         formatter(StrMethodFormatter("{x:g}"))
