@@ -2,7 +2,7 @@
 
 CMake builds csrc/cuda with its launches run by csrc/tests/cuda_host.h and c10's CUDA headers replaced
 (csrc/tests/support/torch_on_host), as a library that registers the ops of ``mnet_cuda`` for CPU tensors.  So checks,
-allocation, dispatch and kernels are the real ones, and the suites written for a card and for the CPU's stages run on them.
+allocation, dispatch and kernels are the real ones, and the suites written for a card and for the CPU run on them.
 """
 
 import ctypes
@@ -224,9 +224,10 @@ def test_block_runs_its_own_stages():
 
 
 def test_training_step():
-    """A narrow V2 at 32x32: loss, gradients and running statistics against native, both against native float64."""
+    """A narrow V2 at 32x32 against native float64: every gradient by its cosine, and by the pass rule all results of a
+    kind together (of a single one of its layers, in a network so small, the rounding errors of both paths scatter)."""
     verdict = Judge(torch.float32)
-    for _ in range(2):
+    for _ in range(3):
         exact, model = twins(**NARROW)
         low = type(model)(**NARROW, dropout=0.0)
         low.load_state_dict(exact.state_dict())
@@ -243,7 +244,12 @@ def test_training_step():
             if name.endswith("num_batches_tracked"):
                 assert torch.equal(ours[name], ref)
                 continue
-            verdict.add(name, ours[name], torchs[name], ref)
-            if name.startswith("d_"):
-                assert errors(ours[name], ref)[2] < 1e-4, name
+            if ref.abs().max() < 1e-8:  # a batch norm further on takes the shift out again: both are rounding errors
+                assert name.endswith(".bias") and ours[name].abs().max() < 1e-4, name
+                continue
+            relative, _, cosine = errors(ours[name], ref)
+            assert relative < 1e-3 and cosine < 1e-6, name
+            if name != "loss":
+                gradient = name.removeprefix("d_") != name
+                verdict.add(f"{'d_' * gradient}{name.split('.')[-1]}", ours[name], torchs[name], ref)
     verdict.verdict()
