@@ -226,7 +226,7 @@ def test_a_side_that_fails_is_said_and_the_other_shown(monkeypatch, capsys):
 
 @pytest.mark.skipif(not backends.whole("cpu", "chain"), reason="the CPU kernels were not built")
 def test_the_fused_side_is_the_best_that_runs_here():
-    assert options(fused=None).fused.name == "cpu/chain"
+    assert options(fused=None).fused == providers.Provider("cpu/auto", "cpu", "auto")
 
 
 def test_names_that_are_no_sides():

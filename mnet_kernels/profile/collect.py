@@ -41,8 +41,7 @@ def options(device, batch, amp="off", training=True, baseline=providers.BASELINE
     """
     device = torch.device(device)
     if fused is None:
-        setting = Setting(device, batch, amp)
-        fused = default_fused(device, setting.storage)
+        fused = f"{default_fused(device, Setting(device, batch, amp).storage)}/{providers.AUTO}"
     sides = [providers.parse([name], device)[0] for name in (baseline, fused)]
     if sides[0].name == sides[1].name:
         raise BenchError(f"{sides[0].name} against itself: name another with --backend or --baseline")
@@ -95,7 +94,8 @@ def rates(setting, now=time.perf_counter_ns):
 def scheme(provider):
     """The scheme of the cost model that a provider's kernels follow."""
     if provider.backend != "native":
-        return provider.mode
+        # what automatic mode mixes was measured on the CPU; elsewhere it is chain
+        return "chain" if provider.mode == providers.AUTO and provider.backend != "cpu" else provider.mode
     return "eager" if provider.compile is None else "compile"
 
 
