@@ -27,3 +27,14 @@ def _fresh_state(request):
     """Every test draws its own inputs, from the run's seed and its name, and hears everything that is said once."""
     torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
     log.forget()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run of two epochs on the digits; not to be changed."""
+    pytest.importorskip("sklearn")
+    from train_runs import run
+
+    out = tmp_path_factory.mktemp("finished")
+    assert run(out) == 0
+    return out

@@ -1,16 +1,12 @@
-"""Measuring: statistics on synthetic data, interleaving, subjects, resuming; every phase of bench/gpu.py on the CPU."""
+"""Measuring: statistics on synthetic data, interleaving, subjects, providers, the table of modes."""
 
-import argparse
 import gc
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench_runs import CPU, QUICK, SETTING, SMALL, samples, small_block
 
 import mnet_kernels
 from mnet_kernels import backends, choice, stages
@@ -19,7 +15,6 @@ from mnet_kernels.bench import (
     __main__,
     compare,
     environment,
-    host,
     memory,
     modes,
     providers,
@@ -31,21 +26,7 @@ from mnet_kernels.bench import (
 )
 from mnet_kernels.bench.subjects import Block, Setting
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-CPU = torch.device("cpu")
-SMALL = {"width": 0.25, "resolution": 32}
-SETTING = Setting(CPU, 2)
-QUICK = {"seconds": 0.02, "min_rounds": 3, "max_rounds": 5, "warmup": 1}
-
-
 # ---- statistics ------------------------------------------------------------------------------------------------------
-
-
-def samples(median, rounds=60, spread=0.05):
-    """Log-normal times around a median, with rare outliers as a shared machine has them."""
-    noise = torch.randn(rounds, dtype=torch.float64) * spread
-    outliers = (torch.rand(rounds) < 0.05) * torch.rand(rounds) * 2
-    return (median * (noise + outliers).exp()).tolist()
 
 
 def test_quantiles():
@@ -100,6 +81,19 @@ def test_ratio_refuses_unpaired_samples():
     for pair in (([1.0], [1.0, 2.0]), ([], [])):
         with pytest.raises(ValueError, match="one sample a round"):
             statistics.ratio(*pair)
+
+
+def test_the_interval_is_the_bootstraps():
+    """As scipy's percentile bootstrap of the same statistic has it."""
+    scipy_stats = pytest.importorskip("scipy.stats")
+    numpy = pytest.importorskip("numpy")
+    base, other = samples(1.3), samples(1.0)
+    pairs = numpy.array(base) / numpy.array(other)
+    want = scipy_stats.bootstrap((pairs,), numpy.median, n_resamples=4000, method="percentile", rng=0)
+    got = statistics.ratio(base, other)
+    width = want.confidence_interval.high - want.confidence_interval.low
+    assert got.low == pytest.approx(want.confidence_interval.low, abs=0.15 * width)
+    assert got.high == pytest.approx(want.confidence_interval.high, abs=0.15 * width)
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -206,10 +200,6 @@ def test_every_layer_of_a_block_is_measured_in_both_directions():
                 assert f"{stage} {size} {layer} {layer.act or ''}".strip() in names
 
 
-def small_block():
-    return next(b for b in shapes.blocks(["v2"], **SMALL) if b.name.endswith("+x") and " pw" in b.name[4:14])
-
-
 # ---- who runs it -----------------------------------------------------------------------------------------------------
 
 
@@ -243,11 +233,14 @@ def test_providers_by_name():
         providers.parse(["cuda"], CPU)
     with pytest.raises(BenchError, match="unknown provider"):
         stage_subjects.parse(["eager"], CPU)
+    (auto,) = providers.parse(["reference/auto"], CPU)
+    assert (auto.name, auto.backend, auto.mode) == ("reference/auto", "reference", "auto")
 
 
 def test_fused_backends_run_without_being_asked_for():
     want = [f"cpu/{mode}" for mode in backends.MODE_STAGES if backends.whole("cpu", mode)]
     assert [p.name for p in providers.runnable(CPU)] == want
+    assert [p.name for p in providers.automatic(CPU)] == (["cpu/auto"] if want else [])
 
 
 def test_saved_bytes():
@@ -310,376 +303,11 @@ def test_header(tmp_path, monkeypatch):
     assert environment.sources() != before and environment.commit() is None
 
 
-# ---- the command lines -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """The modules of bench/, importable as gpu.py imports them."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def options(*more):
-    return ["--device", "cpu", "--models", "v2", "--seconds", "0.01", "--providers", "eager", "reference", *more]
-
-
-def test_the_module_prints_and_writes(tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    small = ["--width", "0.25", "--resolution", "32", "--batch", "2", "--seconds", "0.01", "--rounds", "5"]
-    only = [
-        "--models",
-        "v2",
-        "--device",
-        "cpu",
-        "--only",
-        "2x2 pw",
-        "--providers",
-        "eager",
-        "nchw",
-        "--json",
-        str(path),
-    ]
-    assert __main__.main(["block", *small, *only]) == 0
-    assert "speed-up" in capsys.readouterr().out
-    written = json.loads(path.read_text())
-    assert written["header"]["torch"] == torch.__version__
-    assert {row["provider"] for row in written["rows"]} == {"eager", "eager (again)", "nchw"}
-    assert {row["direction"] for row in written["rows"]} == {"forward", "train"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["model", "--device", "cpu", "--providers", "fast"], "unknown provider 'fast'"),
-     (["stage", "--device", "cpu", "--backend", "cuda"], "cannot be measured on cpu"),
-     (["block", "--device", "cpu", "--graph"], "needs a CUDA device")],
-)  # fmt: skip
-def test_the_module_says_what_is_wrong(arguments, message, capsys):
-    assert __main__.main([*arguments, "--width", "0.25", "--resolution", "32"]) == 2
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
-
-
-@pytest.mark.parametrize("phase", ["stages", "blocks", "models"])
-def test_a_phase_measures_and_goes_on(phase, scripts, tmp_path, monkeypatch):
-    import gpu
-
-    arguments = [phase, str(tmp_path), *options("--first", "2")]
-    assert gpu.main(arguments) == 0
-    path = tmp_path / f"{phase}.json"
-    first = json.loads(path.read_text())
-    assert first["header"]["card"]["copy_bytes_per_s"] > 0
-    assert {"eager", "eager (again)"} < {row["key"]["provider"] for row in first["rows"]}
-    assert all(row["median_ms"] > 0 for row in first["rows"])
-    if phase == "stages":
-        assert all(row["floor_ms"] > 0 and row["bytes"] > 0 for row in first["rows"])
-
-    def again(*_, **__):
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(compare, "prepare", again)
-    assert gpu.main(arguments) == 0
-    second = json.loads(path.read_text())
-    assert second["rows"] == first["rows"] and second["header"]["continued"] == 1
-
-
-def test_a_phase_says_what_failed_and_measures_the_rest(scripts, tmp_path, monkeypatch):
-    import gpu
-
-    original = Block.prepare
-
-    def prepare(self, provider, setting):
-        if provider.backend == "reference":
-            raise RuntimeError("no such kernel image")
-        return original(self, provider, setting)
-
-    monkeypatch.setattr(Block, "prepare", prepare)
-    arguments = ["blocks", str(tmp_path), *options("--first", "1")]
-    assert gpu.main(arguments) == 1
-    rows = {row["key"]["provider"]: row for row in json.loads((tmp_path / "blocks.json").read_text())["rows"]}
-    assert "no such kernel image" in rows["reference/chain"]["error"] and rows["eager"]["median_ms"] > 0
-    monkeypatch.undo()
-    monkeypatch.syspath_prepend(str(BENCH))
-    assert gpu.main(arguments) == 0
-    rows = {row["key"]["provider"]: row for row in json.loads((tmp_path / "blocks.json").read_text())["rows"]}
-    assert "error" not in rows["reference/chain"]
-
-
-def test_a_phase_out_of_time(scripts, tmp_path, capsys):
-    import gpu
-
-    assert gpu.main(["models", str(tmp_path), *options("--budget", "5")]) == 4
-    assert "call again" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("phase", ["build", "test", "sanitize", "stages", "blocks", "models"])
-def test_without_a_card(phase, scripts, tmp_path, monkeypatch, capsys):
-    import gpu
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([phase, str(tmp_path / "out")]) == 3
-    assert "no CUDA card" in capsys.readouterr().out and not (tmp_path / "out").exists()
-
-
-def session(scripts, tmp_path, phase, budget=100.0):
-    import gpu
-    from session import Session
-
-    args = gpu.build_parser().parse_args([phase, str(tmp_path), "--device", "cpu", "--budget", str(budget)])
-    return Session(args)
-
-
-def test_the_test_phase_counts(scripts, tmp_path, monkeypatch):
-    import commands
-
-    suite = tmp_path / "test_two.py"
-    suite.write_text(
-        "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): pytest.skip('why')\n"
-    )
-    run = commands._run
-
-    def small(session, command, log, env=None):
-        command = [str(suite) if str(part).startswith("tests") else part for part in command]
-        return run(session, command, log, env)
-
-    monkeypatch.setattr(commands, "_run", small)
-    one = session(scripts, tmp_path, "test")
-    commands.test(one)
-    (row,) = one.results.rows
-    assert (row["tests"], row["failures"], row["skipped"]) == (3, 1, 1)
-    assert row["failed"][0]["test"].endswith("test_b") and row["skipped_because"] == {"why": 1}
-    assert one.finish() == 1 and "1 failed" in (tmp_path / "test.log").read_text()
-
-
-def test_a_program_out_of_time(scripts, tmp_path):
-    import commands
-
-    one = session(scripts, tmp_path, "test", budget=1.0)
-    code, seconds = commands._run(one, [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
-    assert code is None and seconds < 30
-
-
-def test_the_build_phase(scripts, tmp_path, monkeypatch):
-    """What the row says of a failed build and of one that works; the compiler itself is not run."""
-    import commands
-
-    monkeypatch.setattr(commands, "_extensions", lambda: [])
-    for code in (1, 0):
-
-        def run(session, command, log, env=None, code=code):
-            assert command[1:] == ["setup.py", "build_ext", "--inplace"]
-            Path(log).write_text("error: no compiler\n")
-            return code, 2.0
-
-        monkeypatch.setattr(commands, "_run", run)
-        one = session(scripts, tmp_path, "build")
-        commands.build(one)
-        (row,) = one.results.rows
-        built = mnet_kernels.build_info()["extension"]["extension"]
-        assert ("error" in row) == (code == 1 or not built)
-        if "build_info" in row:
-            assert row["build_info"]["version"] == mnet_kernels.__version__
-
-
-def test_the_sanitize_phase_is_skipped_and_said(scripts, tmp_path, capsys):
-    import commands
-
-    one = session(scripts, tmp_path, "sanitize")
-    commands.sanitize(one)
-    assert one.finish() == 0 and "skipped" in one.results.rows[0]
-    assert "sanitize is skipped" in capsys.readouterr().out
-
-
-def test_results(scripts, tmp_path):
-    from results import Results
-
-    path, identity = tmp_path / "x" / "rows.json", {"sources": "a", "driver": None}
-    first = Results(path, {"n": 1}, identity)
-    first.add({"k": 1}, error="no")
-    assert first.find({"k": 1}) is None
-    first.add({"k": 1}, value=1.5, bad=float("nan"))
-    first.add({"k": 1}, value=99)
-    first.add({"k": 2}, value=2)
-    second = Results(path, {"n": 2}, identity)
-    assert second.rows == first.rows == [{"key": {"k": 1}, "value": 1.5, "bad": None}, {"key": {"k": 2}, "value": 2}]
-    assert second.header["n"] == 1 and second.header["continued"] == 1 and second.aside is None
-    third = Results(path, {"n": 3}, identity | {"sources": "b"})
-    assert third.rows == [] and third.aside == "rows-1.json"
-    assert len(json.loads((path.parent / "rows-1.json").read_text())["rows"]) == 2
-    path.write_text("{")
-    assert Results(path, {}, identity).aside == "rows-2.json"
-
-
-# ---- as programs -----------------------------------------------------------------------------------------------------
-
-
-def program(*command, **env):
-    root = str(BENCH.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    # Under pytest-xdist a pytest started here would take itself for a worker, and benchmarks would not be measured.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    env = dict(inherited, PYTHONPATH=path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="", **env)
-    return subprocess.run([str(c) for c in command], cwd=root, env=env, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize(("arguments", "code"), [(["stages"], 3), (["dance"], 2)])
-def test_gpu_sh(arguments, code, tmp_path):
-    done = program("bash", BENCH / "gpu.sh", *arguments, tmp_path)
-    assert done.returncode == code, done.stdout + done.stderr
-
-
-def test_pytest_benchmark_suites(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    small = ["--device", "cpu", "--width", "0.25", "--resolution", "32", "--models", "v2", "--batch", "2"]
-    found = program(sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", *small)
-    for suite in ("bench_stage.py", "bench_block.py", "bench_model.py", "bench_host.py"):
-        assert f"{suite}::" in found.stdout, found.stdout + found.stderr
-    assert "reference" not in found.stdout
-    chosen = ["-k", "bench_model and train and eager", "--benchmark-only", f"--benchmark-json={tmp_path / 'rows.json'}"]
-    fast = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2"]
-    done = program(sys.executable, "-m", "pytest", "bench/bench_model.py", "-q", *small, *chosen, *fast)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = json.loads((tmp_path / "rows.json").read_text())["benchmarks"]
-    assert row["stats"]["median"] > 0
-    assert row["extra_info"]["provider"] == "eager" and row["extra_info"]["saved_bytes"] > 0
-    assert sum(row["extra_info"]["convolutions"].values()) == 52
-    assert row["extra_info"]["header"]["torch"] == torch.__version__
-
-
-def test_what_a_call_costs_the_host(tmp_path, capsys):
-    path = tmp_path / "host.json"
-    small = ["--device", "cpu", "--seconds", "0.01", "--rounds", "5", "--direction", "train", "--json", str(path)]
-    assert __main__.main(["host", "--batch", "1", "8", "--providers", "eager", "reference/chain", *small]) == 0
-    rows = json.loads(path.read_text())["rows"]
-    assert {(row["subject"], row["batch"]) for row in rows} == {(b.name, n) for b in host.blocks() for n in (1, 8)}
-    assert {row["provider"] for row in rows} == {"eager", "eager (again)", "reference/chain"}
-    assert all(0 < row["median_ms"] < 1000 for row in rows)
-    capsys.readouterr()
-    assert __main__.main(["host", "--graph", "--device", "cpu"]) == 2
-
-
-def test_the_hosts_cost_is_the_threads_time(monkeypatch):
-    seen = []
-    monkeypatch.setattr(timing, "interleave", lambda calls, device, now, **_: seen.append((device, now)) or {})
-    (block, *_) = host.blocks()
-    prepared = compare.prepare(block, [], SETTING, ["forward"])
-    compare.measure(block, prepared, SETTING, "forward", now=None)
-    assert seen == [(CPU, timing.CLOCKS["thread"])]
-
-
 def test_a_convolution_that_is_not_cudnns_is_refused():
     one = compare.Prepared(small_block(), providers.NATIVE["cudnn"], SETTING, ["forward"])
     assert "torch gives these convolutions to others than cuDNN" in one.error["forward"]
     with pytest.raises(BenchError, match="needs a CUDA card"):
         providers.parse(["cudnn"], CPU)
-
-
-def saved_row(subject, provider, **values):
-    key = {"level": "block", "subject": subject, "device": "cpu", "batch": 2, "amp": "off", "training": True}
-    return key | {"direction": "train", "launch": "eager", "provider": provider, "median_ms": 2.0} | values
-
-
-SAVED_HEADER = {"device": "a processor", "torch": "2.14", "threads": 1, "commit": "0123456789abcdef", "date": "today"}
-RATIO = {"speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.6, "noise": 0.05, "verdict": "faster"}
-SAVED = [
-    saved_row("a", "eager", saved_bytes=4_000_000), saved_row("a", "eager (again)", **RATIO),
-    saved_row("a", "cpu/chain", saved_bytes=1_500_000, **RATIO),
-    saved_row("b", "eager"), saved_row("b", "cpu/chain", **(RATIO | {"noise": 0.7, "verdict": "within noise"})),
-    saved_row("c", "eager"), saved_row("c", "cpu/chain", error="no such kernel"),
-]  # fmt: skip
-
-
-def test_report(tmp_path, capsys):
-    plain, keyed, chart = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.png"
-    plain.write_text(json.dumps({"header": SAVED_HEADER, "rows": SAVED}))
-    names = set(compare.key(small_block(), SETTING, "train", "eager", "eager"))
-    rows = [
-        {"key": {k: v for k, v in r.items() if k in names}, **{k: v for k, v in r.items() if k not in names}}
-        for r in SAVED
-    ]
-    keyed.write_text(json.dumps({"header": SAVED_HEADER | {"torch": "2.15"}, "rows": rows}))
-    assert __main__.main(["report", str(plain), str(keyed), "--png", str(chart)]) == 0
-    first, second = capsys.readouterr().out.split("a processor, torch 2.15, ")
-    for text in (first, second):
-        assert "**block, train, batch 2, float32**: times as fast as eager" in text
-        assert "| a | 2.00 | 1.50 (1.40 to 1.60) | 4.0, 1.5 |" in text
-        assert "| b | 2.00 | 1.50 (1.40 to 1.60), within noise |" in text and "| c | 2.00 | failed |" in text
-        assert "Noise floor (the same twice): 5.0 to 70.0 %." in text and "again" not in text
-    assert chart.read_bytes().startswith(b"\x89PNG")
-
-
-def test_report_of_two_files_of_one_machine_is_one_table(tmp_path, capsys):
-    paths = [tmp_path / "a.json", tmp_path / "b.json"]
-    for path, rows in zip(paths, (SAVED[:3], SAVED[3:]), strict=True):
-        path.write_text(json.dumps({"header": SAVED_HEADER, "rows": rows}))
-    assert __main__.main(["report", *map(str, paths)]) == 0
-    out = capsys.readouterr().out
-    assert out.count("a processor") == 1 and "| a |" in out and "| b |" in out
-
-
-def test_report_of_pytest_benchmark_says_that_it_is_not_interleaved(tmp_path, capsys):
-    stats = {"eager": 3e-3, "cpu/chain": 2e-3}
-    rows = [
-        {"stats": {"median": t, "q1": t, "q3": t, "rounds": 5}, "extra_info": {"header": SAVED_HEADER}
-         | {k: v for k, v in saved_row("a", name).items() if k != "median_ms"}}
-        for name, t in stats.items()
-    ]  # fmt: skip
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps({"benchmarks": rows}))
-    assert __main__.main(["report", str(path)]) == 0
-    assert "| a | 3.00 | 1.50, not interleaved |" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": 1}', '{"header": {}, "rows": [1]}'])
-def test_report_of_something_else(content, tmp_path, capsys):
-    path = tmp_path / "a.json"
-    if content is not None:
-        path.write_text(content)
-    assert __main__.main(["report", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: cannot ") and str(path) in error
-
-
-def test_report_without_a_speed_up_has_no_chart(tmp_path, capsys):
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps({"header": SAVED_HEADER, "rows": SAVED[:1]}))
-    assert __main__.main(["report", str(path), "--png", str(tmp_path / "c.png")]) == 2
-    assert "no speed-up to draw" in capsys.readouterr().err
-
-
-def test_the_interval_is_the_bootstraps():
-    """As scipy's percentile bootstrap of the same statistic has it."""
-    scipy_stats = pytest.importorskip("scipy.stats")
-    numpy = pytest.importorskip("numpy")
-    base, other = samples(1.3), samples(1.0)
-    pairs = numpy.array(base) / numpy.array(other)
-    want = scipy_stats.bootstrap((pairs,), numpy.median, n_resamples=4000, method="percentile", rng=0)
-    got = statistics.ratio(base, other)
-    width = want.confidence_interval.high - want.confidence_interval.low
-    assert got.low == pytest.approx(want.confidence_interval.low, abs=0.15 * width)
-    assert got.high == pytest.approx(want.confidence_interval.high, abs=0.15 * width)
-
-
-def test_host_cost(tmp_path):
-    done = program(sys.executable, BENCH / "host_cost.py", "--seconds", "0.01", "--json", tmp_path / "rows.json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert {(row["way"], row["direction"]) for row in rows} == {
-        (way, direction)
-        for way in ("stages", "function", "registered", "custom_op", "functional", "native", "function (again)")
-        for direction in ("forward", "forward and backward")
-    }
-    assert all(row["median_us"] > 0 for row in rows)
-
-
-def test_parsers_agree_with_the_script():
-    """gpu.sh documents the phases that gpu.py has."""
-    text = (BENCH / "gpu.sh").read_text()
-    for phase in ("build", "test", "sanitize", "stages", "blocks", "models"):
-        assert f"# {phase} " in text
-    assert isinstance(__main__.build_parser(), argparse.ArgumentParser)
 
 
 # ---- the table of modes ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The cost model against the papers' figures, closed forms of small blocks, and itself."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -192,6 +193,27 @@ def test_schemes_in_order(v2):
     assert v2.saved["eager"] > v2.saved["chain"] > v2.saved["algebraic"]
 
 
+def test_auto_takes_each_block_in_the_mode_of_its_size(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        sys.modules["mnet_kernels.cost.trace"], "least_positions", lambda *key: asked.append(key) or 14 * 14
+    )
+    found = cost.cost(build("v3-small"), dtype=torch.float32, schemes=("chain", "algebraic", "auto"), batch=2)
+    same = {
+        i: tuple(found.bytes("auto", i) == found.bytes(mode, i) for mode in ("chain", "algebraic"))
+        for i in range(len(found.layers))
+        if found.bytes("chain", i) != found.bytes("algebraic", i)
+    }
+    large = {i: found.layers[i].in_shape[-1] >= 14 for i in same}
+    # the depthwise layer carries the block's stages; its input is the block's, at stride 1 and 2
+    assert {i: large[i] for i in same if found.layers[i].kind == "depthwise"} == {
+        i: own == (False, True) for i, own in same.items() if found.layers[i].kind == "depthwise"
+    }
+    assert set(large.values()) == {True, False}
+    assert found.saved["chain"] > found.saved["auto"] > found.saved["algebraic"]
+    assert asked == [("cpu", torch.float32)]
+
+
 def test_floors_follow_the_device(v2):
     wide = cost.Device(bandwidth=1e30, tensor=1e12, vector=1e30)
     assert v2.floor("eager", wide) == pytest.approx(sum(k.tensor for k in v2.kernels["eager"]) / 1e12)
@@ -213,7 +235,7 @@ def test_other_models_can_be_counted():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="schemes must be of eager, compile, chain, algebraic, got fast"):
+    with pytest.raises(ValueError, match="schemes must be of eager, compile, chain, algebraic, auto, got fast"):
         cost.cost(build("v1"), schemes=("fast",))
     twice = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match="0 is called more than once"):

@@ -97,6 +97,19 @@ def test_work_is_the_cost_models(profile):
         assert side.intensity == pytest.approx(side.gflops_per_s / side.gbytes_per_s)
 
 
+def test_the_rates_are_the_higher_ones_of_before_and_after(monkeypatch):
+    slow = {"matrix_flops": {"fp32": 2e10}, "copy_bytes_per_s": 3e10, "matrix_flops_per_s": 2e10, "note": "kept"}
+    fast = {"matrix_flops": {"fp32": 5e10}, "copy_bytes_per_s": 1e10, "matrix_flops_per_s": 5e10, "note": "kept"}
+    answers = iter((slow, fast))
+    monkeypatch.setattr(collect, "rates", lambda *_: next(answers))
+    found = collect.collect("b", [subject.Placed(subject.block("4-8-4@6"))], options())
+    want = {"matrix_flops": {"fp32": 5e10}, "copy_bytes_per_s": 3e10, "matrix_flops_per_s": 5e10, "note": "kept"}
+    assert found.machine == want
+    given = collect.collect("b", [subject.Placed(subject.block("4-8-4@6"))], options(), want)
+    for one, other in zip(found.entries[0].sides, given.entries[0].sides, strict=True):
+        assert one.floor_ms == other.floor_ms > 0
+
+
 def test_work_of_inference():
     block = subject.block("4-8-4@6")
     found, flops = collect.work(block, Setting(CPU, 3, training=False), ("eager", "chain"))
@@ -226,7 +239,7 @@ def test_a_side_that_fails_is_said_and_the_other_shown(monkeypatch, capsys):
 
 @pytest.mark.skipif(not backends.whole("cpu", "chain"), reason="the CPU kernels were not built")
 def test_the_fused_side_is_the_best_that_runs_here():
-    assert options(fused=None).fused.name == "cpu/chain"
+    assert options(fused=None).fused == providers.Provider("cpu/auto", "cpu", "auto")
 
 
 def test_names_that_are_no_sides():

@@ -50,13 +50,14 @@
 #define __host__
 #define __launch_bounds__(...)
 
+#include "launch_host.h"
+
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
 namespace mnet::host {
 
 enum class State { kReady, kBarrier, kExchange, kDone };
-enum class Schedule { kForward, kReverse, kRandomThreads, kRandomWarps };
 constexpr Schedule kSchedules[] = {Schedule::kForward, Schedule::kReverse, Schedule::kRandomThreads,
                                    Schedule::kRandomWarps};
 constexpr int kWarp = 32;
@@ -152,7 +153,6 @@ struct Block {
 };
 
 inline Block block;
-inline Schedule schedule = Schedule::kForward;
 inline const char dynamic_key = 0;
 
 inline void* shared_memory(const void* key, size_t size) {
@@ -299,11 +299,16 @@ inline bool open_barrier(bool progress) {
 }
 
 template <typename F>
-void launch(dim3 grid, dim3 threads, size_t dynamic_bytes, F&& kernel) {
+void launch(dim3 grid, dim3 threads, size_t dynamic_bytes, cudaStream_t stream, F&& kernel) {
+  if (stream != current_stream) throw std::runtime_error("a kernel is not launched on the current stream of its device");
+  if (good_launches == 0) last_error = launch_error;
+  if (good_launches >= 0 && good_launches-- == 0) return;
   if (grid.y * grid.z * threads.y * threads.z != 1) throw std::runtime_error("only one-dimensional launches are run here");
   gridDim = grid;
   blockDim = threads;
   block.dynamic_bytes = dynamic_bytes;
+  block.shared.clear();  // what a launch that threw has left
+  block.error = nullptr;
   block.kernel = kernel;
   block.fibers.resize(threads.x);
   std::vector<unsigned> blocks(grid.x);
@@ -382,12 +387,12 @@ T __shfl_down_sync(unsigned mask, T value, int by, MNET_HERE) {
   type* const name =                     \
       static_cast<type*>(mnet::host::shared_memory(&mnet::host::dynamic_key, mnet::host::block.dynamic_bytes))
 #define MNET_LAUNCH_DYNAMIC(kernel, grid, block_size, bytes, stream, ...) \
-  ((void)(stream), mnet::host::launch((grid), (block_size), (bytes), [&] { (kernel)(__VA_ARGS__); }))
+  mnet::host::launch((grid), (block_size), (bytes), (stream), [&] { (kernel)(__VA_ARGS__); })
 #define MNET_LAUNCH(kernel, grid, block_size, stream, ...) \
   MNET_LAUNCH_DYNAMIC(kernel, grid, block_size, 0, stream, __VA_ARGS__)
 
 namespace mnet::cuda {
-inline cudaError_t launch_status() { return cudaSuccess; }
+inline cudaError_t launch_status() { return host::take_error(); }
 
 template <typename Kernel>
 cudaError_t allow_shared(Kernel*, int bytes) {

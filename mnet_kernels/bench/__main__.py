@@ -56,7 +56,12 @@ def build_parser():
     )
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--amp", choices=AMP_DTYPES, default="off", help="mixed precision; for stages, the storage dtype")
-    add("--providers", nargs="+", metavar="NAME", help=f"from {', '.join(providers.NATIVE)}, BACKEND, BACKEND/MODE")
+    add(
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help=f"from {', '.join(providers.NATIVE)}, BACKEND, BACKEND/MODE",
+    )
     add("--backend", action="append", default=[], metavar="NAME", help="measure this fused backend (with the others)")
     add("--direction", choices=("forward", "train", "backward"), action="append", help="default: all the subject has")
     add("--graph", action="store_true", help="on a card: also replay CUDA graphs of every provider")
@@ -77,7 +82,10 @@ def _providers(args, device):
         runnable, parse = stage_subjects.runnable, stage_subjects.parse
     else:
         runnable, parse = providers.runnable, providers.parse
-    found = parse(fused, device) if fused or args.providers else runnable(device)
+    if fused or args.providers:
+        found = parse(fused, device)
+    else:
+        found = runnable(device) + (providers.automatic(device) if args.level == "model" else [])
     return providers.parse(native, device) + found
 
 

@@ -8,12 +8,14 @@ import torch
 import mnet_kernels
 
 from .. import backends
+from ..choice import default_fused
 from ..nn.base import FusedModule
 from . import BenchError
 
 
 class Provider(NamedTuple):
-    """One way of running: a backend and mode, a memory layout, and torch.compile's mode or None for eager."""
+    """One way of running: a backend and mode (``auto``: as users get it), a memory layout, and torch.compile's mode or
+    None for eager."""
 
     name: str
     backend: str = "native"
@@ -23,6 +25,7 @@ class Provider(NamedTuple):
 
 
 BASELINE = "eager"
+AUTO = "auto"  # the mode of each block left to automatic choice
 NATIVE = {
     p.name: p
     for p in (
@@ -45,12 +48,13 @@ def fused(backend, device, mode=None):
     """
     device = torch.device(device)
     modes = [mode] if mode else list(backends.MODE_STAGES)
+    needed = {AUTO: "chain"}
     why = backends.why_unavailable(backend, device)
     if why:
         raise BenchError(f"backend {backend!r} cannot be measured on {device}: {why}")
-    whole = [m for m in modes if backends.whole(backend, m)]
+    whole = [m for m in modes if backends.whole(backend, needed.get(m, m))]
     if not whole:
-        lacking = "; ".join(f"{m} lacks {', '.join(backends.missing_stages(backend, m))}" for m in modes)
+        lacking = "; ".join(f"{m} lacks {', '.join(backends.missing_stages(backend, needed.get(m, m)))}" for m in modes)
         raise BenchError(f"backend {backend!r} is not whole, so that no block runs on it alone: {lacking}")
     return [Provider(f"{backend}/{m}", backend, m) for m in whole]
 
@@ -67,8 +71,14 @@ def runnable(device):
     return found
 
 
+def automatic(device):
+    """[the provider of what runs where users choose nothing], or [] where that is plain torch."""
+    name = default_fused(device)
+    return [] if name == "reference" else fused(name, device, AUTO)
+
+
 def parse(names, device):
-    """Providers by name: one of :data:`NATIVE`, ``BACKEND`` or ``BACKEND/MODE``."""
+    """Providers by name: one of :data:`NATIVE`, ``BACKEND`` (each of its modes) or ``BACKEND/MODE`` (or auto)."""
     found = []
     for name in names:
         backend, _, mode = name.partition("/")
@@ -76,10 +86,10 @@ def parse(names, device):
             if name == "cudnn" and torch.device(device).type != "cuda":
                 raise BenchError(f"provider 'cudnn' cannot be measured on {device}: it needs a CUDA card")
             found.append(NATIVE[name])
-        elif backend in backends.NAMES and backend != "native" and mode in ("", *backends.MODE_STAGES):
+        elif backend in backends.NAMES and backend != "native" and mode in ("", AUTO, *backends.MODE_STAGES):
             found += fused(backend, device, mode or None)
         else:
-            modes = " or ".join(backends.MODE_STAGES)
+            modes = " or /".join((*backends.MODE_STAGES, AUTO))
             raise BenchError(
                 f"unknown provider {name!r}: expected one of {', '.join(NATIVE)}, or a fused backend "
                 f"({', '.join(n for n in backends.NAMES if n != 'native')}), alone or with its mode (/{modes})"

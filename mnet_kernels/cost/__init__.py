@@ -4,7 +4,8 @@
 
 Nothing here is a table of layers.  The model itself runs one training step on the meta device, where tensors have
 shapes and no data, and every op that it calls is written down: torch's own ops for ``eager``, the stage ops for
-``chain`` and ``algebraic``.  ``compile`` is ``eager`` with the element-wise ops fused as torch.compile fuses them.
+``chain`` and ``algebraic``, and for ``auto``, which mixes them block by block as automatic mode does on the CPU.
+``compile`` is ``eager`` with the element-wise ops fused as torch.compile fuses them.
 
 Counting: a kernel reads each of its inputs and writes each of its outputs once (batch norm reads its input twice: for
 the statistics, then to normalise; a convolution's backward is two kernels).  What is read again because of a tile's
@@ -21,7 +22,7 @@ from .trace import Layer, layers, trace
 
 __all__ = ["SCHEMES", "Cost", "Device", "Kernel", "Layer", "cost", "layers"]
 
-SCHEMES = ("eager", "compile", "chain", "algebraic")
+SCHEMES = ("eager", "compile", "chain", "algebraic")  # auto is one of the last two in every block
 
 
 @dataclasses.dataclass
@@ -60,7 +61,7 @@ def cost(model, input_shape=(3, 224, 224), batch=256, dtype=torch.bfloat16, sche
         input_shape: (C, H, W).
         batch: images a step.
         dtype: of activations and weights (batch-norm parameters and statistics stay as they are).
-        schemes: of :data:`SCHEMES`.
+        schemes: of :data:`SCHEMES`, and ``auto``.
         training: False for the forward pass in eval mode, without autograd.
 
     Returns:
@@ -69,9 +70,10 @@ def cost(model, input_shape=(3, 224, 224), batch=256, dtype=torch.bfloat16, sche
     Raises:
         ValueError: an unknown scheme; a batch, image or model that cannot be traced.
     """
-    unknown = set(schemes) - set(SCHEMES)
+    known = (*SCHEMES, "auto")
+    unknown = set(schemes) - set(known)
     if unknown:
-        raise ValueError(f"schemes must be of {', '.join(SCHEMES)}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"schemes must be of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     result = Cost(layers(model, input_shape), {}, {}, batch)
     eager = None
     for scheme in schemes:

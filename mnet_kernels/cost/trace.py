@@ -10,10 +10,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..choice import backend, choose
+from ..choice import backend, choose, least_positions
+from ..nn.base import FusedModule
 
-# scheme -> backend and mode that run it
-TRACED = {"eager": ("native", None), "chain": ("reference", "chain"), "algebraic": ("reference", "algebraic")}
+# scheme -> backend and mode that run it (no mode: each module's own)
+TRACED = {
+    "eager": ("native", None),
+    "chain": ("reference", "chain"),
+    "algebraic": ("reference", "algebraic"),
+    "auto": ("reference", None),
+}
 
 
 @dataclasses.dataclass
@@ -152,9 +158,23 @@ def layers(model, input_shape):
     return [result[i] for i in range(len(found))]
 
 
+def _mix_modes(twin, input_shape, dtype):
+    """Give every fused module the mode that automatic choice on the CPU has for maps of its size."""
+    least = least_positions("cpu", dtype)
+    shapes = {layer.name: layer.in_shape for layer in layers(twin, input_shape)}
+    for path, module in twin.named_modules():
+        if isinstance(module, FusedModule):
+            prefix = f"{path}." if path else ""
+            first = next((shape for name, shape in shapes.items() if name.startswith(prefix)), None)
+            if first is not None:
+                module.mode = "algebraic" if math.prod(first[1:]) >= least else "chain"
+
+
 def trace(model, input_shape, batch, dtype, scheme, training=True):
     """(calls of one training step, bytes saved for backward); not ``training``: of a forward pass in eval mode."""
     twin = _meta_twin(model, dtype).train(training)
+    if scheme == "auto":
+        _mix_modes(twin, input_shape, dtype)
     recorder = _Recorder(_weights(_walk(twin)))
     kept, storages = {p.untyped_storage()._cdata for p in twin.parameters()}, {}
 

@@ -41,8 +41,7 @@ def options(device, batch, amp="off", training=True, baseline=providers.BASELINE
     """
     device = torch.device(device)
     if fused is None:
-        setting = Setting(device, batch, amp)
-        fused = default_fused(device, setting.storage)
+        fused = f"{default_fused(device, Setting(device, batch, amp).storage)}/{providers.AUTO}"
     sides = [providers.parse([name], device)[0] for name in (baseline, fused)]
     if sides[0].name == sides[1].name:
         raise BenchError(f"{sides[0].name} against itself: name another with --backend or --baseline")
@@ -62,12 +61,18 @@ def collect(target, placed, options, machine=None, progress=None):
     setting = options.setting
     torch.backends.cudnn.benchmark = True
     header = environment.header(setting.device)
-    machine = machine or rates(setting, options.now)
+    # Before and after, the higher of the two: a shared machine changes its speed within minutes.
+    before = machine or rates(setting, options.now)
     entries = []
     for subject, paths in placed:
         if progress:
             progress(subject.name)
-        entries.append(_entry(subject, list(paths), options, machine))
+        entries.append(_entry(subject, list(paths), options))
+    machine = machine or highest(before, rates(setting, options.now))
+    peak = card.peaks(machine, setting.amp)
+    for entry, found in entries:
+        for side in entry.sides:
+            side.floor_ms = 1e3 * found.floor(side.scheme, peak)
     header["load"] = [header["load"], environment.load()]
     settings = {
         "target": target,
@@ -81,7 +86,7 @@ def collect(target, placed, options, machine=None, progress=None):
         "seconds": options.seconds,
         "clock": "wall" if options.now is time.perf_counter_ns else "thread",
     }
-    return Profile(header, settings, machine, entries)
+    return Profile(header, settings, machine, [entry for entry, _ in entries])
 
 
 def rates(setting, now=time.perf_counter_ns):
@@ -92,10 +97,18 @@ def rates(setting, now=time.perf_counter_ns):
     return {**found, "matrix_flops_per_s": peak.tensor}
 
 
+def highest(one, other):
+    """Of two answers of :func:`rates` the higher of every rate."""
+    if isinstance(one, dict):
+        return {name: highest(value, other[name]) for name, value in one.items()}
+    return max(one, other) if isinstance(one, (int, float)) else one
+
+
 def scheme(provider):
     """The scheme of the cost model that a provider's kernels follow."""
     if provider.backend != "native":
-        return provider.mode
+        # what automatic mode mixes was measured on the CPU; elsewhere it is chain
+        return "chain" if provider.mode == providers.AUTO and provider.backend != "cpu" else provider.mode
     return "eager" if provider.compile is None else "compile"
 
 
@@ -112,7 +125,8 @@ def work(subject, setting, schemes):
     return found, 2 * madds * setting.batch
 
 
-def _entry(subject, paths, options, machine):
+def _entry(subject, paths, options):
+    """(its :class:`Entry`, the cost model's account: floors wait for the machine's rates)."""
     setting, direction = options.setting, options.direction
     sides = {"unfused": options.baseline, "fused": options.fused}
     found, flops = work(subject, setting, sorted({scheme(p) for p in sides.values()}))
@@ -122,22 +136,21 @@ def _entry(subject, paths, options, machine):
         seconds=options.seconds, max_rounds=options.rounds, now=options.now,
     )  # fmt: skip
     rows = {row["provider"]: row for row in rows}
-    peak, made, errors = card.peaks(machine, setting.amp), {}, {}
+    made, errors = {}, {}
     for side, provider in sides.items():
         row = rows[provider.name]
         if "error" in row:
             errors[side] = row["error"]
             made[side] = None
             continue
-        made[side] = _side(
-            provider, row, prepared[provider.name].calls[direction], found, flops, peak, options, subject
-        )
+        made[side] = _side(provider, row, prepared[provider.name].calls[direction], found, flops, options, subject)
     row = rows[options.fused.name]
     interval = [row["speedup"], row["speedup_low"], row["speedup_high"]] if "verdict" in row else None
-    return Entry(
+    entry = Entry(
         subject.name, subject.level, paths, made["unfused"], made["fused"], interval, row.get("noise"),
         row.get("verdict"), errors,
     )  # fmt: skip
+    return entry, found
 
 
 def without_gradients(call, parameters):
@@ -151,7 +164,7 @@ def without_gradients(call, parameters):
     return step
 
 
-def _side(provider, row, call, found, flops, peak, options, subject):
+def _side(provider, row, call, found, flops, options, subject):
     setting, name = options.setting, scheme(provider)
     excited = any(isinstance(module, SqueezeExcite) for module in subject.module.modules())
     step = steps.record(call, setting.device, steps.EXCITE[subject.level] if excited else frozenset())
@@ -166,7 +179,7 @@ def _side(provider, row, call, found, flops, peak, options, subject):
         scheme=name,
         bytes=found.bytes(name),
         flops=flops,
-        floor_ms=1e3 * found.floor(name, peak),
+        floor_ms=0.0,
         saved_bytes=row.get("saved_bytes"),
         peak_bytes=peak_bytes,
         ops=None if hidden else step.kernels,

@@ -14,6 +14,7 @@ from mnet_kernels import choice
 from . import TrainingError, metrics
 from .checkpoint import write_atomic
 from .config import AMP_DTYPES, implementation
+from .data import describe
 
 # What a child's command line takes from the configuration; device is resolved already, implementation follows.
 NOT_OPTIONS = ("implementation", "processes", "limit_train", "channels_last")
@@ -136,7 +137,14 @@ def run(config, args):
     }
     path = out / "compare.json"
     write_atomic(path, (metrics.dumps(found, indent=2) + "\n").encode())
+    runs = {}
+    for role, result in results.items():
+        records = metrics.read_records(out / role / "metrics.jsonl")
+        runs[result["implementation"]] = [record for record in records if record["event"] == "epoch"]
+    problem = metrics.plot(out / "curves.png", runs, f"{describe(config)}; {found['device']}")
     print()
     print("\n".join(table(results["fused"], results["native"])))
     print(f"\nimages/s: median over the epochs after the first. {MEMORY[config.device]} Written: {path}")
+    if problem:
+        print(problem)
     return 0

@@ -116,6 +116,11 @@ def short_name(spec):
     return Path(spec).resolve().name if kind(spec) == "folder" else kind(spec)
 
 
+def describe(config):
+    """What a run trains, in words."""
+    return f"MobileNet {config.model}, {short_name(config.data)}, {config.res} px, width {config.width:g}"
+
+
 def load(spec, limit_train=None, workers=0):
     """Load what ``--data`` names: ``digits``, ``fashion-mnist``, ``fashion-mnist:PATH``, or an image folder.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -133,27 +134,45 @@ def read_records(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def plot(path, history, title):
-    """Draw loss, test accuracy and learning rate over epochs; returns why not as text, or None when it is drawn."""
+def plot(path, runs, title):
+    """Draw the loss over the epochs, and the test accuracy: of one run over the epochs, of several over their time.
+
+    Args:
+        path: of the PNG.
+        runs: name -> records of the epochs.
+        title: above both.
+
+    Returns:
+        Why nothing was drawn, as text, or None.
+    """
     try:
         # The object interface with its own canvas: needs no display and leaves the caller's pyplot backend alone.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError:
         return f"matplotlib is not installed: no curves drawn ({EXTRA})"
-    epochs = [record["epoch"] for record in history]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [record["train_loss"] for record in history], marker=".", label="train")
-    left.plot(epochs, [record["test_loss"] for record in history], marker=".", label="test")
+    for i, (name, history) in enumerate(runs.items()):
+        epochs, color = [record["epoch"] for record in history], f"C{i}"
+        for key, line in (("train_loss", "-"), ("test_loss", "--")):
+            label = f"{name}, {key[:-5]}"
+            left.plot(epochs, [record[key] for record in history], line, marker=".", color=color, label=label)
+        minutes = [seconds / 60 for seconds in itertools.accumulate(record["train_seconds"] for record in history)]
+        accuracy = [100 * record["test_accuracy"] for record in history]
+        right.plot(minutes if len(runs) > 1 else epochs, accuracy, marker=".", color=color, label=name)
     left.set(xlabel="epoch", ylabel="cross-entropy loss", yscale="log")
-    left.legend()
-    right.plot(epochs, [100 * record["test_accuracy"] for record in history], marker=".", color="tab:green")
-    right.set(xlabel="epoch", ylabel="test accuracy, %")
+    for axes in (left,) if len(runs) > 1 else (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set(xlabel="minutes of training" if len(runs) > 1 else "epoch", ylabel="test accuracy, %")
+    for formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        formatter(StrMethodFormatter("{x:g}"))
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomic(path, buffer.getvalue())

@@ -23,6 +23,7 @@ files in --out:
   best.pt        weights (with --ema the averaged ones) of the epoch with the best test accuracy
   tensorboard/   the epochs for TensorBoard (with --tensorboard)
   curves.png     loss and test accuracy over the epochs (with matplotlib)
+  --compare: these in native/ and fused/, compare.json, curves.png (accuracy over time)
 
 Ctrl-C stops a run; the same command with --resume goes on after the last finished
 epoch.  On the CPU with the same number of threads that gives bit for bit the result of

@@ -135,8 +135,8 @@ class _Files:
     def finish(self, summary, progress):
         self.log.append(summary)
         config = self.trainer.config
-        title = f"MobileNet {config.model}, {data.short_name(config.data)}, {config.res} px, width {config.width:g}"
-        problem = metrics.plot(self.out / "curves.png", self.trainer.history, title)
+        runs = {config.implementation: self.trainer.history}
+        problem = metrics.plot(self.out / "curves.png", runs, data.describe(config))
         if problem:
             progress.line(problem)
 

@@ -1,0 +1,255 @@
+"""The CUDA backend whole, without a card: its launchers for torch and its kernels, compiled for the CPU.
+
+CMake builds csrc/cuda with its launches run by csrc/tests/cuda_host.h and c10's CUDA headers replaced
+(csrc/tests/support/torch_on_host), as a library that registers the ops of ``mnet_cuda`` for CPU tensors.  So checks,
+allocation, dispatch and kernels are the real ones, and the suites written for a card and for the CPU run on them.
+"""
+
+import ctypes
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import test_cpu_stages as elementwise
+import test_gpu as suite
+import test_precision
+import torch
+from blocks import Case, Inputs, step
+from precision import Judge, errors
+from test_ctest import BUILD, COMPILERS, ROOT, run
+from test_models_v2 import NARROW, training_step, twins
+from test_stages import UTILS, sample
+from torch.library import opcheck
+
+import mnet_kernels as mk
+from mnet_kernels import backends, choice, schema, stages
+from mnet_kernels.backends import compiled
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake"),
+    pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason=f"no C++ compiler: {', '.join(COMPILERS)}"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is linked as on Linux"),
+]
+
+STAGES = [name for name in schema.NAMES if name in backends.MODE_STAGES["chain"]]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORWARD, REVERSE, RANDOM_THREADS, RANDOM_WARPS = range(4)  # the schedules of csrc/tests/launch_host.h
+NO_IMAGE, LAUNCH_FAILURE = 209, 719  # cudaErrorNoKernelImageForDevice, cudaErrorLaunchFailure
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The library, loaded."""
+    folder, torchs = BUILD / "torch", Path(torch.__file__).parent
+    options = "-DMNET_PLAIN=OFF", "-DMNET_SANITIZE=OFF", "-DMNET_NVCC=OFF", f"-DMNET_TORCH={torchs}"
+    configured = run("cmake", "-S", ROOT, "-B", folder, f"-DPython3_EXECUTABLE={sys.executable}", *options)
+    if "No CUDA headers" in configured:
+        pytest.skip("no CUDA headers: neither a toolkit nor triton's")
+    run("cmake", "--build", folder, "--parallel", 2)
+    path = folder / "libmnet_cuda_on_host.so"
+    torch.ops.load_library(path)
+    return ctypes.CDLL(path)
+
+
+@pytest.fixture(autouse=True)
+def _backend_of_the_cpu(library, monkeypatch):
+    """Backend ``cuda`` takes CPU tensors, in the package and in the suites."""
+    monkeypatch.setitem(backends.DEVICES, "cuda", ("cpu",))
+    monkeypatch.setitem(compiled._DISPATCH_KEYS, "mnet_cuda", "CPU")
+    monkeypatch.setattr(compiled, "_extension", compiled._extension or object())
+    monkeypatch.setitem(suite.HOME, "cuda", "cpu")
+    monkeypatch.setattr(elementwise, "ours", lambda name: getattr(torch.ops.mnet_cuda, name))
+    # As on a card: torch's own error, which ours is held against, is float32's.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    choice._decide.cache_clear()
+    stages.bind()
+    library.mnet_host_schedule(RANDOM_WARPS)
+    yield
+    library.mnet_host_schedule(FORWARD)
+    library.mnet_host_fail(-1, 0)
+    library.mnet_host_capability(9, 0)
+    monkeypatch.undo()
+    choice._decide.cache_clear()
+    stages.bind()
+
+
+def test_chain_mode_is_whole():
+    assert backends.whole("cuda", "chain")
+
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "even": dict(n=2, c=16, e=40, o=24, h=10, w=9),
+    "odd": dict(n=1, c=13, e=37, o=9, h=7, w=5, stride=1),
+    "single": dict(n=3, c=1, e=1, o=1, h=1, w=1, k=5, stride=1),
+    "tails": dict(n=2, c=21, e=75, o=11, h=13, w=17, k=5),  # of a tile's channels, rows and columns
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage(stage, size, dtype):
+    suite.judge_stage("cuda", stage, SIZES[size], dtype)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_opcheck(stage):
+    op = getattr(torch.ops.mnet_cuda, stage).default
+    for args in sample()[stage]:
+        assert set(opcheck(op, suite.converted(args, "cpu"), test_utils=UTILS).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_order_of_threads_and_blocks_changes_no_bit(stage, dtype, library):
+    for args in sample(dtype=dtype, **SIZES["odd"])[stage]:
+        outcomes = []
+        for schedule in (FORWARD, REVERSE, RANDOM_THREADS, RANDOM_WARPS):
+            library.mnet_host_schedule(schedule)
+            outcomes.append(suite.call("mnet_cuda", stage, suite.converted(args, "cpu")))
+        for others in outcomes[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(outcomes[0], others, strict=True))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_launch_that_fails_is_reported(stage, library):
+    for args in sample()[stage]:
+        for good in range(10):
+            library.mnet_host_fail(good, LAUNCH_FAILURE)
+            try:
+                suite.call("mnet_cuda", stage, suite.converted(args, "cpu"))
+            except RuntimeError as error:
+                assert f"CUDA error {LAUNCH_FAILURE}" in str(error)
+            else:
+                break  # there were no more launches than good ones
+        assert 0 < good < 9
+        library.mnet_host_fail(0, NO_IMAGE)
+        with pytest.raises(
+            RuntimeError, match=f"{stage}: the extension was not built for this card.*TORCH_CUDA_ARCH_LIST"
+        ):
+            suite.call("mnet_cuda", stage, suite.converted(args, "cpu"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_older_cards_are_refused(stage, library):
+    library.mnet_host_capability(7, 5)
+    with pytest.raises(RuntimeError, match=f"{stage}: .* compute capability 7.5, expected 8.0 .* native or the triton"):
+        suite.call("mnet_cuda", stage, suite.converted(sample()[stage][0], "cpu"))
+
+
+# ---- the suite of the CPU's stages ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 5, 1, 7), (1, 37, 9, 1)], ids=str)
+def test_every_flag_as_the_reference(size, dtype):
+    elementwise.test_normalize_as_reference(size, dtype)
+    elementwise.test_depthwise_as_reference(size, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_flag_of_the_backward_as_the_reference(dtype):
+    elementwise.test_depthwise_backward_as_reference((2, 5, 3, 4), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_values(dtype):
+    for name in elementwise.KINKS:
+        elementwise.test_derivatives_exactly_at_kinks(name, dtype)
+    for value in (0.0, 55.5, -3008.0):
+        elementwise.test_constant_channels(dtype, value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity(bad, dtype):
+    for act in elementwise.ACTS:
+        elementwise.test_nan_and_infinity(bad, dtype, act)
+
+
+def test_tables():
+    for affine in ((True, True), (True, False), (False, False)):
+        for count in (0, 1, 1000):
+            elementwise.test_finalize(affine, count)
+    for batch_stats in (True, False):
+        elementwise.test_finalize_backward(batch_stats)
+    for dtype in (*DTYPES, torch.float64):
+        for momentum in (0.1, None):
+            elementwise.test_update_running_stats(dtype, momentum, strided=True)
+    elementwise.test_update_running_stats_in_inference_mode()
+
+
+def test_strides_batches_and_errors():
+    elementwise.test_weight_strides("transposed")
+    elementwise.test_weight_strides("expanded")
+    elementwise.test_gate_and_offset_are_independent("gate")
+    elementwise.test_gate_and_offset_are_independent("offset")
+    elementwise.test_large_means(torch.bfloat16)
+    elementwise.test_empty_batch()
+    elementwise.test_errors()
+
+
+# ---- blocks and a network -------------------------------------------------------------------------------------------
+
+BLOCKS = [
+    Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", n=2, c=21, h=15, w=11),
+    Case("pointwise_conv_bn_act", n=1, c=17, o=9, h=13, w=7),
+    Case("separable_conv", stride=2, n=2, c=24, o=40, h=14, w=14),
+    Case(residual=True, n=2, c=16, e=40, h=14, w=14),
+    Case(residual=True, excite=True, activation="silu", n=2, c=13, e=37, h=9, w=9),
+    Case(stride=2, kernel=5, activation="hardswish", n=3, c=13, e=37, o=21, h=17, w=9),
+    Case(stride=2, excite=True, kernel=5, activation="relu", n=2, c=16, e=40, o=24, h=14, w=14),
+]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_block(case, dtype, monkeypatch):
+    """Output, every gradient and running statistics against native float64, by the pass rule (the cosine is in it)."""
+    monkeypatch.setattr(test_precision, "fused_modes", lambda *args, **kwargs: [("cuda", "chain")])
+    monkeypatch.setattr(test_precision, "DRAWS", 8)
+    storage = dtype or torch.float32
+    test_precision.judge(lambda: test_precision.rounded(case, storage), storage, dtype)
+
+
+def test_block_runs_its_own_stages():
+    inputs = Inputs(Case(residual=True, excite=True), torch.float32)
+    with mk.count_stages() as counts:
+        step(inputs, "cuda", "chain")
+    assert counts and {label.split("::")[0] for label in counts} == {"mnet_cuda"}
+
+
+def test_training_step():
+    """A narrow V2 at 32x32 against native float64: every gradient by its cosine, and by the pass rule all results of a
+    kind together (of a single one of its layers, in a network so small, the rounding errors of both paths scatter)."""
+    verdict = Judge(torch.float32)
+    for _ in range(3):
+        exact, model = twins(**NARROW)
+        low = type(model)(**NARROW, dropout=0.0)
+        low.load_state_dict(exact.state_dict())
+        exact.load_state_dict(low.state_dict())  # rounded to float32
+        x, labels = torch.randn(8, 3, 32, 32), torch.randint(NARROW["num_classes"], (8,))
+        want = training_step(exact, x.double(), labels)
+        with mk.backend("native"):
+            torchs = training_step(low, x, labels)
+        with mk.backend("cuda", "chain"), mk.count_stages() as counts:
+            ours = training_step(low, x, labels)
+        assert {label.split("::")[0] for label in counts} == {"mnet_cuda"}
+        assert counts["mnet_cuda::depthwise_backward"] == 17
+        for name, ref in want.items():
+            if name.endswith("num_batches_tracked"):
+                assert torch.equal(ours[name], ref)
+                continue
+            if ref.abs().max() < 1e-8:  # a batch norm further on takes the shift out again: both are rounding errors
+                assert name.endswith(".bias") and ours[name].abs().max() < 1e-4, name
+                continue
+            relative, _, cosine = errors(ours[name], ref)
+            assert relative < 1e-3 and cosine < 1e-6, name
+            if name != "loss":
+                gradient = name.removeprefix("d_") != name
+                verdict.add(f"{'d_' * gradient}{name.split('.')[-1]}", ours[name], torchs[name], ref)
+    verdict.verdict()
