@@ -18,7 +18,7 @@ namespace mnet::cpu::MNET_CPU_NAMESPACE {
 
 constexpr int kPanel = 2 * kLanes;
 constexpr int kDepth = 4096 / kPanel;
-constexpr int kShortDepth = 64;
+constexpr int kShortDepth = 64;  // values, whatever a word holds
 #if MNET_CPU_LANES == 16
 constexpr int kRowBlock = 14;  // 28 of 32 registers
 #elif defined(MNET_CPU_F16C) || defined(__aarch64__)
@@ -132,7 +132,7 @@ void multiply_panel(const float* a, int64_t lda, const float* b, int depth, int 
   const auto multiply = columns > kLanes ? multiply_rows<kRowBlock, 2, kTransposed>
                                          : multiply_rows<2 * kRowBlock, 1, kTransposed>;
   // One float32 sum over many positions would lose more than a library's, which sums by blocks.
-  const int step = kTransposed ? kShortDepth : depth;
+  const int step = kTransposed ? kShortDepth / kPerWord : depth;
   for (int k = 0; k < depth; k += step) {
     const int64_t skipped = k;
     multiply(a + skipped * (kTransposed ? lda : 1), lda, b + skipped * kPanel, least(step, depth - k), rows, c,

@@ -91,28 +91,32 @@ PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& p, Capabili
 
 void pointwise_pack(const PointwiseParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin, int64_t end,
                     float* packed, Capability capability) {
+  const auto pack = kernels(capability, dtype).pack_panel;
   for (int64_t i = begin; i < end; ++i) {
-    kernels(capability, dtype).pack_panel(p.weight, dtype, p.weight_stride_c, p.weight_stride_e, plan.depth,
-                                   static_cast<int>(i) * plan.panel, plan.columns, packed + i * plan.panel * plan.depth);
+    pack(p.weight, dtype, p.weight_stride_c, p.weight_stride_e, plan.depth, static_cast<int>(i) * plan.panel,
+         plan.columns, packed + i * plan.panel * plan.depth);
   }
 }
 
 void pointwise_backward_pack(const PointwiseBackwardParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin,
                              int64_t end, float* packed, Capability capability) {
+  const auto pack = kernels(capability, dtype).pack_panel;
   for (int64_t i = begin; i < end; ++i) {
-    kernels(capability, dtype).pack_panel(p.weight, dtype, p.weight_stride_e, p.weight_stride_c, plan.depth,
-                                   static_cast<int>(i) * plan.panel, plan.columns, packed + i * plan.panel * plan.depth);
+    pack(p.weight, dtype, p.weight_stride_e, p.weight_stride_c, plan.depth, static_cast<int>(i) * plan.panel,
+         plan.columns, packed + i * plan.panel * plan.depth);
   }
 }
 
 void pointwise_units(const PointwiseParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin, int64_t end,
                      const PointwiseWorkspace& workspace, Capability capability) {
-  for (int64_t i = begin; i < end; ++i) kernels(capability, dtype).unit(p, dtype, plan, unit_of(plan, i), workspace);
+  const auto run = kernels(capability, dtype).unit;
+  for (int64_t i = begin; i < end; ++i) run(p, dtype, plan, unit_of(plan, i), workspace);
 }
 
 void pointwise_backward_units(const PointwiseBackwardParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin,
                               int64_t end, const PointwiseWorkspace& workspace, Capability capability) {
-  for (int64_t i = begin; i < end; ++i) kernels(capability, dtype).backward_unit(p, dtype, plan, unit_of(plan, i), workspace);
+  const auto run = kernels(capability, dtype).backward_unit;
+  for (int64_t i = begin; i < end; ++i) run(p, dtype, plan, unit_of(plan, i), workspace);
 }
 
 void pointwise_finish(const PointwiseParams& p, const PointwisePlan& plan, const double* sums) {

@@ -200,8 +200,8 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
         });
       });
       if (partial_dw != nullptr) {
-        multiply_panel<true>(deep, stride * kPerWord, activated, words(rows), p.e, used, partial_dw + int64_t{column} * p.e,
-                             row > unit.row_begin, ahead);
+        multiply_panel<true>(deep, stride * kPerWord, activated, words(rows), p.e, used,
+                             partial_dw + int64_t{column} * p.e, row > unit.row_begin, ahead);
       }
     }
   }
