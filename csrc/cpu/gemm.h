@@ -6,7 +6,8 @@
 // [kPanel]: the epilogue reads it from the first-level cache.  A block of kRowBlock x kPanel results lives in registers.
 //
 // Operands are made of words of the size of a float: a float or, where the processor multiplies them in pairs, two
-// bfloat16 values that follow each other along the depth (the first in the lower half; an odd depth ends with a zero).
+// bfloat16 values that follow each other along the depth (the first in the lower half; an odd depth ends with a zero;
+// the instruction takes subnormal values for zero).
 // Depths, and the distances of rows, count words.  Results are floats.
 #pragma once
 
