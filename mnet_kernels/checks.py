@@ -3,7 +3,7 @@
 import torch
 
 from .params import BatchNormParams, SqueezeExciteParams
-from .schema import ACTIVATIONS, depthwise_size
+from .schema import ACTIVATIONS, STEM_CHANNELS, STEM_KERNEL, depthwise_size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNELS = (3, 5)
@@ -30,7 +30,7 @@ def check_block(op, x, layers, residual, se, autocast):
         if se is not None and i == len(layers) - 1:
             check_squeeze_excite(op, x, se, channels)
         _check_conv(op, x, layer, channels, autocast)
-        if layer.kind == "depthwise":
+        if layer.kind != "pointwise":
             height, width = depthwise_size(height, layer.stride), depthwise_size(width, layer.stride)
         channels = layer.weight.shape[0]
         _check_batch_norm(op, x, layer, channels)
@@ -62,10 +62,20 @@ def _check_conv(op, x, layer, channels, autocast):
             )
         if shape[2] != shape[3] or shape[2] not in KERNELS:
             raise ValueError(f"{op}: depthwise kernels are 3x3 or 5x5, got {shape[2]}x{shape[3]}")
-        if layer.stride not in (1, 2):
-            raise ValueError(f"{op}: stride must be 1 or 2, got {layer.stride!r}")
+    elif kind == "dense":
+        if channels > STEM_CHANNELS:
+            raise ValueError(
+                f"{op}: x must have at most {STEM_CHANNELS} channels (it is an image), got {channels}: use "
+                "torch.nn.functional.conv2d"
+            )
+        if len(shape) != 4 or shape[1:] != (channels, STEM_KERNEL, STEM_KERNEL):
+            raise ValueError(
+                f"{op}: dense weight must be [O, {channels}, {STEM_KERNEL}, {STEM_KERNEL}], got {list(shape)}"
+            )
     elif len(shape) != 4 or shape[1] != channels or shape[2:] != (1, 1):
         raise ValueError(f"{op}: pointwise weight must be [O, {channels}, 1, 1], got {list(shape)}")
+    if kind != "pointwise" and layer.stride not in (1, 2):
+        raise ValueError(f"{op}: stride must be 1 or 2, got {layer.stride!r}")
     if layer.activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {layer.activation!r}")
 

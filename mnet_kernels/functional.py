@@ -19,7 +19,7 @@ import torch
 from . import checks, schema
 from .autograd import Block, FusedBlock, Layer, autocast_off, autocast_on
 from .backends import native
-from .choice import choose
+from .choice import choose, fuses_stem
 from .params import BatchNormParams, ConvBNAct, SqueezeExciteParams
 from .stages import note, stage
 
@@ -33,6 +33,7 @@ __all__ = [
     "separable_conv",
     "separable_sequence",
     "squeeze_excite",
+    "stem_conv_bn_act",
 ]
 
 
@@ -70,6 +71,23 @@ def pointwise_conv_bn_act(x, weight, bn, *, activation="relu6", backend=None, mo
     return _run("pointwise_conv_bn_act", x, layers, False, None, backend, mode)
 
 
+def stem_conv_bn_act(x, weight, bn, *, stride=2, activation="relu6", backend=None, mode=None):
+    """act(BN(dense 3x3 convolution of x)): the first layer of every MobileNet, over the image.
+
+    Args:
+        x: [N, C, H, W], C 1 to 8; read as it lies in memory (a data loader's NCHW needs no conversion).
+        weight: [O, C, 3, 3]; zero padding 1.
+        bn: :class:`BatchNormParams` of O channels.
+        stride: 1 or 2.
+        activation, backend, mode: as for :func:`depthwise_conv_bn_act`.
+
+    Returns:
+        [N, O, (H - 1) // stride + 1, (W - 1) // stride + 1].
+    """
+    layers = (ConvBNAct("dense", weight, bn, activation, stride),)
+    return _run("stem_conv_bn_act", x, layers, False, None, backend, mode)
+
+
 def separable_conv(
     x,
     depthwise_weight,
@@ -93,7 +111,7 @@ def separable_conv(
     return _run("separable_conv", x, layers, False, None, backend, mode)
 
 
-def separable_sequence(x, blocks, *, backend=None, mode=None):
+def separable_sequence(x, blocks, *, stem=None, backend=None, mode=None):
     """Several of MobileNetV1's blocks in a row, of which only the last writes its output.
 
     The others leave their pointwise layer's raw output, and the next block's depthwise layer applies batch norm and
@@ -102,6 +120,8 @@ def separable_sequence(x, blocks, *, backend=None, mode=None):
     Args:
         x: [N, C, H, W].
         blocks: non-empty sequence of pairs (depthwise, pointwise) of :class:`ConvBNAct`.
+        stem: :class:`ConvBNAct` of kind "dense" before them (x and weight as in :func:`stem_conv_bn_act`), whose output
+            the first block reads raw; or None.
         backend, mode: see ``mnet_kernels.backend``.
 
     Returns:
@@ -113,7 +133,10 @@ def separable_sequence(x, blocks, *, backend=None, mode=None):
             f"separable_sequence: blocks must be one or more pairs of ConvBNAct, depthwise then pointwise; got {kinds}"
         )
     layers = tuple(layer for block in blocks for layer in block)
-    return _run("separable_sequence", x, layers, False, None, backend, mode, node=2)
+    nodes = (2,) * len(kinds)
+    if stem is not None:
+        layers, nodes = (stem, *layers), (1, *nodes)
+    return _run("separable_sequence", x, layers, False, None, backend, mode, nodes)
 
 
 def inverted_residual(
@@ -192,26 +215,38 @@ def _compute_dtype(x):
     return x.dtype
 
 
-def _run(op, x, layers, residual, se, backend, mode, node=None):
-    """``node``: layers that make one autograd node of the fused path (None: all of them)."""
+def _run(op, x, layers, residual, se, backend, mode, nodes=None):
+    """``nodes``: of how many layers each autograd node of the fused path consists (None: one of all)."""
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
     # Three layers: the first one expands.  Algebraic mode has no moments of it that processes could share.
-    expands = len(layers) == 3 and layers[0].bn.group is None
+    expands = len(layers) == 3 and layers[0].kind == "pointwise" and layers[0].bn.group is None
     choice = choose(x.device, dtype, backend, mode, x.shape[2] * x.shape[3] if expands else None)
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")
         return native.block(x, layers, residual, se)
+    if layers[0].kind == "dense" and not _fuses_stem(x, layers[0], choice, backend):
+        note("native::stem_conv_bn_act")
+        x, layers, nodes = native.block(x, layers[:1], False, None), layers[1:], nodes and nodes[1:]
+        if not layers:
+            return x
     with autocast_off(x.device.type):
-        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        node = node or len(layers)
+        x = x.to(dtype)
+        if layers[0].kind != "dense":  # the stem reads an image as it lies
+            x = x.contiguous(memory_format=torch.channels_last)
         source = None  # x's bn table and activation while x is raw
-        for start in range(0, len(layers), node):
-            raw = start + node < len(layers)
-            x, source = _run_node(x, layers[start : start + node], residual, se, choice, source, raw)
+        for count in nodes or (len(layers),):
+            node, layers = layers[:count], layers[count:]
+            x, source = _run_node(x, node, residual, se, choice, source, raw=len(layers) > 0)
         return x
+
+
+def _fuses_stem(x, layer, choice, backend):
+    height, width = (schema.depthwise_size(size, layer.stride) for size in x.shape[2:])
+    training = torch.is_grad_enabled() and layer.bn.batch_stats
+    return fuses_stem(choice.backend, training, x.shape[0] * height * width, backend)
 
 
 def _run_node(x, layers, residual, se, choice, source, raw):

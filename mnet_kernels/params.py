@@ -60,7 +60,7 @@ def _group(module):
 class ConvBNAct(NamedTuple):
     """A convolution without bias, its batch norm and activation."""
 
-    kind: str  # "pointwise" or "depthwise"
+    kind: str  # "pointwise", "depthwise" or "dense" (the stem)
     weight: torch.Tensor
     bn: BatchNormParams
     activation: str

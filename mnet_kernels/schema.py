@@ -30,6 +30,8 @@ import torch
 
 ACTIVATIONS = ("identity", "relu", "relu6", "hardswish", "silu")
 IDENTITY = 0
+STEM_KERNEL = 3
+STEM_CHANNELS = 8  # of an image at most
 
 # The upstream of a backward stage is the gradient at the output of the batch norm (and activation) that follows the
 # convolution, given by raw pieces and put together as it is read (gate, offset: per image and channel, or absent):
@@ -40,6 +42,8 @@ SCHEMAS = (
     "pointwise(Tensor x, Tensor weight, Tensor? bn, int act, Tensor? gate, bool moments) -> (Tensor y, Tensor moments)",
     # y = depthwise conv of act(bn(x)), k 3 or 5, zero padding k//2 (of the activated value), stride 1 or 2.
     "depthwise(Tensor x, Tensor weight, Tensor? bn, int act, int stride, bool moments) -> (Tensor y, Tensor moments)",
+    # y = dense 3x3 convolution of an image x [N, C, H, W] of any strides, C up to 8; zero padding 1, stride 1 or 2.
+    "stem(Tensor x, Tensor weight, int stride, bool moments) -> (Tensor y, Tensor moments)",
     # moments (of the batch, or running) -> bn.  count = positions the moments were taken over.
     "finalize(Tensor moments, Tensor? gamma, Tensor? beta, float eps, SymInt count) -> Tensor",
     # running = (1 - m) running + m (mean, unbiased var); m = momentum, or 1/num_batches_tracked when None.
@@ -63,6 +67,10 @@ SCHEMAS = (
     "pointwise_backward(Tensor grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor x, Tensor weight, "
     "Tensor? bn, int act, Tensor? gate, Tensor? residual, bool needs_dx, bool needs_sums, bool needs_dw) "
     "-> (Tensor gx, Tensor sums, Tensor dw)",
+    # dy, of which the gradient of x is made in the rare case that it is wanted, and dW (accumulate dtype).  What is
+    # not needed comes back empty ([0]).
+    "stem_backward(Tensor grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor x, int stride, bool needs_dy, "
+    "bool needs_dw) -> (Tensor dy, Tensor dw)",
     # Algebraic mode: the expanded tensor never exists.
     "gram(Tensor x) -> Tensor",
     # bn of the expanded y1k = W (x - k) from gram; and the mean of y1 = W x itself, for the running statistics.
@@ -93,7 +101,7 @@ def accumulate_dtype(dtype):
 
 
 def depthwise_size(size, stride):
-    """Output height or width of a depthwise convolution with padding k//2."""
+    """Output height or width of a convolution with padding k//2."""
     return (size - 1) // stride + 1
 
 
@@ -120,6 +128,11 @@ def _pointwise(x, weight, bn, act, gate, moments):
 def _depthwise(x, weight, bn, act, stride, moments):
     n, c, h, w = x.shape
     return _map(x, n, c, depthwise_size(h, stride), depthwise_size(w, stride)), _moments(x, c, moments)
+
+
+def _stem(x, weight, stride, moments):
+    e, (height, width) = weight.shape[0], (depthwise_size(size, stride) for size in x.shape[2:])
+    return _map(x, x.shape[0], e, height, width), _moments(x, e, moments)
 
 
 def _finalize(moments, gamma, beta, eps, count):
@@ -164,6 +177,11 @@ def _pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, re
     if needs_sums and bn is not None:
         sums = _acc(x, 2, x.shape[1]) if gate is None else _acc(x, 3, x.shape[0], x.shape[1])
     return gx, sums, _acc(x, *weight.shape) if needs_dw else _acc(x, 0)
+
+
+def _stem_backward(grad, y, y_bn, coef, y_act, x, stride, needs_dy, needs_dw):
+    dy = _map(y, *y.shape) if needs_dy else _empty_map(x)
+    return dy, _acc(x, y.shape[1], x.shape[1], STEM_KERNEL, STEM_KERNEL) if needs_dw else _acc(x, 0)
 
 
 def _gram(x):

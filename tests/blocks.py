@@ -40,6 +40,8 @@ def layer_shapes(case):
         return [(case.c, 1, *dw)]
     if case.op == "pointwise_conv_bn_act":
         return [(case.o, case.c, 1, 1)]
+    if case.op == "stem_conv_bn_act":
+        return [(case.o, case.c, 3, 3)]
     if case.op == "separable_conv":
         return [(case.c, 1, *dw), (case.o, case.c, 1, 1)]
     e = case.e if case.expand else case.c
@@ -146,6 +148,7 @@ def assert_same(got, want, tolerance=1e-10):
 CASES = [
     *(Case("depthwise_conv_bn_act", k, s, a) for k in (3, 5) for s in (1, 2) for a in ACTIVATIONS),
     *(Case("pointwise_conv_bn_act", activation=a) for a in ACTIVATIONS),
+    *(Case("stem_conv_bn_act", stride=s, activation=a, c=3) for s in (1, 2) for a in ("relu6", "hardswish")),
     *(Case("separable_conv", k, s, a) for k in (3, 5) for s in (1, 2) for a in ("relu6", "hardswish")),
     *(Case(kernel=k, stride=s, activation=a) for k in (3, 5) for s in (1, 2) for a in ACTIVATIONS),
     *(

@@ -24,7 +24,7 @@ def assert_path(counts, case, mode):
     assert not any(name.startswith("native::") for name in counts), counts
     algebraic = mode == "algebraic"
     assert counts["mnet_ref::expand_depthwise"] == algebraic
-    if case.op != "pointwise_conv_bn_act":
+    if case.op not in ("pointwise_conv_bn_act", "stem_conv_bn_act"):
         assert counts["mnet_ref::depthwise"] == (not algebraic)
 
 
@@ -242,3 +242,71 @@ def test_stage_counter_nests():
             step(inputs, "native")
     assert inner == {"native::inverted_residual": 1}
     assert outer["native::inverted_residual"] == 1 and outer["mnet_ref::depthwise"] == 1
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("c, h, w", [(1, 9, 7), (3, 1, 6), (4, 2, 2), (2, 8, 1)])
+def test_stem_of_any_image(stride, c, h, w):
+    """Odd and tiny maps, one image, every memory layout; an image that needs no gradient."""
+    for n in (1, 2):
+        inputs = Inputs(Case("stem_conv_bn_act", stride=stride, n=n, c=c, h=h, w=w, activation="silu"))
+        if n * h * w < 6:
+            inputs.bns[0].eval()
+        want = compare(inputs)
+        dense = inputs.x.detach()
+        sliced = torch.stack([dense, dense], -1)[..., 0]
+        for x in (sliced, dense.to(memory_format=torch.channels_last)):
+            inputs.x = x
+            got = step(inputs, "reference")
+            assert_same(got, {name: value for name, value in want.items() if name != "d_x"})
+
+
+def test_stem_of_no_image():
+    inputs = Inputs(Case("stem_conv_bn_act", n=0, c=3))
+    inputs.bns[0].eval()
+    with mk.backend("reference"):
+        assert inputs.call().shape == (0, 6, 9, 7)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_stem_that_the_next_block_reads_raw(stride):
+    """The same as the stem and the block one after the other, and the stem's output is not normalised on its own."""
+    stem = Inputs(Case("stem_conv_bn_act", stride=stride, c=3, o=5))
+    block = Inputs(Case("separable_conv", c=5))
+    leaves = [*stem.leaves.values(), *list(block.leaves.values())[1:]]
+    bns = [*stem.bns, *block.bns]
+    kinds, strides = ("dense", "depthwise", "pointwise"), (stride, 1, 1)
+
+    def run(backend):
+        before = [{k: v.clone() for k, v in bn.state_dict().items()} for bn in bns]
+        rows = zip(kinds, [*stem.weights, *block.weights], bns, strides, strict=True)
+        first, *pair = (mk.functional.ConvBNAct(k, w, mk.BatchNormParams.of(bn), "relu6", s) for k, w, bn, s in rows)
+        with mk.backend(backend), mk.count_stages() as counts:
+            out = mk.functional.separable_sequence(stem.x, [pair], stem=first)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        found = {"out": out.detach()} | {f"d{i}": g for i, g in enumerate(grads)}
+        for i, (bn, old) in enumerate(zip(bns, before, strict=True)):
+            found |= {f"{k}{i}": v.clone() for k, v in bn.named_buffers()}
+            bn.load_state_dict(old)
+        return found, counts
+
+    want, _ = run("native")
+    got, counts = run("reference")
+    assert_same(got, want)
+    assert counts["mnet_ref::normalize"] == 1 and counts["mnet_ref::stem"] == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_stem_that_is_left_to_torch(backend, monkeypatch):
+    """Of its own accord in evaluation and on small maps, and on a backend without its stages."""
+    module = mk.nn.FusedStemConvBNAct(3, 5, 1)
+    if backend == "triton":
+        monkeypatch.setattr(mk.backends, "implemented", lambda name: mk.backends.MODE_STAGES["chain"])
+        monkeypatch.setattr(mk.backends, "why_unavailable", lambda name, device: None)
+    for training, size in ((True, 128), (False, 128), (True, 64)):
+        x = torch.randn(1, 3, size, size)
+        with mk.backend(backend), mk.count_stages() as counts:
+            out = module.train(training)(x)
+        torch.testing.assert_close(out, torch.nn.Sequential.forward(module, x), rtol=1e-4, atol=1e-4)
+        fused = (training, size, backend) == (True, 128, "auto") and mk.backends.has_stem("cpu")
+        assert (counts["native::stem_conv_bn_act"] == 0) == fused

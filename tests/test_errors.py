@@ -93,6 +93,17 @@ def test_weights_that_are_not_depthwise(op):
     fails(inputs, TypeError, "floating point")
 
 
+def test_stem():
+    inputs = Inputs(Case("stem_conv_bn_act", c=4))
+    for stride in (0, 3, (1, 1)):
+        inputs.case = inputs.case._replace(stride=stride)
+        fails(inputs, ValueError, "stride must be 1 or 2")
+    inputs.weights[0] = torch.randn(6, 4, 5, 5, dtype=torch.float64)
+    fails(inputs, ValueError, "dense weight must be [O, 4, 3, 3], got [6, 4, 5, 5]")
+    inputs.x = torch.randn(2, 9, 6, 6, dtype=torch.float64)
+    fails(inputs, ValueError, "at most 8 channels", "got 9", "torch.nn.functional.conv2d")
+
+
 def test_pointwise_weight():
     inputs = Inputs(Case("pointwise_conv_bn_act"))
     inputs.weights[0] = torch.randn(6, 5, 3, 3, dtype=torch.float64)

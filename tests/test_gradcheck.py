@@ -24,9 +24,9 @@ def pre_activations(inputs):
             found += [(hidden, "relu"), (argument, "hardswish")]
             z = z * torch.nn.functional.hardsigmoid(argument)
         k = weight.shape[-1]
-        depthwise = weight.shape[1] == 1 and (k > 1)
+        depthwise = weight.shape[1] == 1 and (k > 1) and case.op != "stem_conv_bn_act"
         z = torch.nn.functional.conv2d(
-            z, weight.detach(), None, case.stride if depthwise else 1, k // 2, 1, weight.shape[0] if depthwise else 1
+            z, weight.detach(), None, case.stride if k > 1 else 1, k // 2, 1, weight.shape[0] if depthwise else 1
         )
         z = torch.nn.functional.batch_norm(z, None, None, bn.weight.detach(), bn.bias.detach(), True, 0.0, bn.eps)
         activation = "identity" if last and case.op == "inverted_residual" else case.activation

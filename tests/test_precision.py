@@ -14,6 +14,7 @@ CASES = [
     Case(residual=True, **SIZES),
     Case(stride=2, kernel=5, activation="hardswish", **SIZES),
     Case(excite=True, activation="hardswish", kernel=5, **SIZES),
+    Case("stem_conv_bn_act", stride=2, **SIZES | {"c": 3}),
 ]
 
 

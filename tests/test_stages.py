@@ -30,6 +30,7 @@ def sample(n=2, c=3, e=5, o=4, h=7, w=6, k=3, stride=2, dtype=torch.float32, how
         return torch.rand(*shape, dtype=acc)
 
     x, xe, ye, y3 = map_(c), map_(e), map_(e, oh, ow), map_(o, oh, ow)
+    image, w0 = map_(min(c, 3)), torch.randn(e, min(c, 3), 3, 3).to(dtype)
     w1, w2, w3 = (torch.randn(s).to(dtype) for s in ((e, c, 1, 1), (e, 1, k, k), (o, e, 1, 1)))
     bn_c, bn_e, bn_o = table(5, c), table(5, e), table(5, o)
     gate, count = table(n, e), n * h * w
@@ -40,6 +41,7 @@ def sample(n=2, c=3, e=5, o=4, h=7, w=6, k=3, stride=2, dtype=torch.float32, how
     return {
         "pointwise": [(x, w1, None, 0, None, True), (ye, w3, bn_e, 3, gate, False), (ye, w3, bn_e, 2, None, True)],
         "depthwise": [(xe, w2, bn_e, 2, stride, True), (xe, w2, None, 0, 1, False)],
+        "stem": [(image, w0, stride, True), (image, w0, 1, False)],
         "finalize": [(table(2, c), table(c), table(c), 1e-5, count), (table(2, c), None, None, 1e-3, 1)],
         "update_running_stats": [
             (table(c), table(c), torch.tensor(3), table(c), table(c), None),
@@ -61,6 +63,11 @@ def sample(n=2, c=3, e=5, o=4, h=7, w=6, k=3, stride=2, dtype=torch.float32, how
             (*up_y3, ye, w3, bn_e, 3, gate, None, False, True, True),
             (*up_y3, ye, w3, None, 0, None, map_(e, oh, ow), True, False, True),
             (*up_y3, ye, w3, bn_e, 2, None, None, False, False, True),
+        ],
+        "stem_backward": [
+            (*up_y, image, stride, True, True),
+            (*up_y[:4], 2, image, stride, False, True),
+            (*up_y[:4], 3, image, stride, True, False),
         ],
         "gram": [(x,)],
         "expand_finalize": [(gram, w1, table(e), table(e), 1e-5, count), (gram, w1, None, None, 1e-5, count)],

@@ -82,6 +82,20 @@ def _sums(g, y, bn):
     return torch.stack([g.sum((0, 2, 3)), (g * (y.float() - _channel(bn[2]))).sum((0, 2, 3))])
 
 
+def stem(x, weight, stride, moments):
+    y = F.conv2d(x, weight, None, stride, 1)
+    return y, _moments(y, moments)
+
+
+def stem_backward(grad, y, y_bn, coef, y_act, x, stride, needs_dy, needs_dw):
+    dy, none = _upstream(grad, y, y_bn, coef, y_act), x.new_empty(0)
+    weight = x.new_empty(y.shape[1], x.shape[1], 3, 3)
+    _, dw, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [stride, stride], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+    )
+    return dy if needs_dy else none, dw if needs_dw else none
+
+
 def normalize(y, bn, act, residual):
     out = reference._act(_normalize(y, bn), act)
     return out if residual is None else out + residual

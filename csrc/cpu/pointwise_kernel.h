@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-#include "../common/moments.h"
 #include "../common/pointwise_params.h"
 #include "gemm.h"
+#include "panel_output.h"
 #include "pointwise.h"
 #include "pointwise_tile.h"
 #include "simd.h"
@@ -22,64 +22,6 @@ void pointwise_pack_panel(const void* weight, Dtype dtype, int64_t stride_k, int
   with_storage(dtype, [&](auto storage) {
     pack_panel<decltype(storage)>(weight, stride_k, stride_n, depth, first, columns, packed);
   });
-}
-
-// Sums of a run of values of kLanes channels about `shift`: for a unit's first run the mean of some of its values, then
-// the mean so far (moments.h: the closer to the mean, the less is lost; a constant channel has it exactly).  It is rounded
-// to storage: with more digits than the values have, every difference and sum would be rounded the same way.
-struct RunMoments {
-  Vec shift, sum1, sum2;
-
-  void merge(int64_t flushed, int run, double* mean, double* m2) const {
-    const double weight = static_cast<double>(run) / static_cast<double>(flushed + run);
-    float a[kLanes], b[kLanes], c[kLanes];
-    store_vec(a, shift);
-    store_vec(b, sum1);
-    store_vec(c, sum2);
-    for (int i = 0; i < kLanes; ++i) {
-      const Moments<double> m = from_shifted<double>(run, a[i], b[i], c[i]);
-      chan_update<double>(mean[i], m2[i], static_cast<double>(flushed), m.mean, m.m2, weight);
-    }
-  }
-};
-
-template <typename Storage>
-Vec shift_of_first_run(const float* result, int rows) {
-  const int count = least(rows, 8);
-  const Vec first = Storage::round(load_vec(result));
-  Vec sum = Vec{};
-  for (int row = 1; row < count; ++row) sum = sum + (Storage::round(load_vec(result + row * kPanel)) - first);
-  return Storage::round(first + sum * (1.f / static_cast<float>(count)));
-}
-
-template <typename Storage>
-Vec shift_of_later_run(const double* mean) {
-  Vec shift{};
-  for (int i = 0; i < kLanes; ++i) shift[i] = static_cast<float>(mean[i]);
-  return Storage::round(shift);
-}
-
-// Rounds and stores one vector of a panel's columns; with kMoments, adds the stored values up about run->shift.
-template <typename Storage, bool kPartial, bool kMoments>
-void store_column(const float* result, int rows, typename Storage::Lane* y, int64_t pitch, int valid, RunMoments* run) {
-  // Two sums of each kind: one would wait for its own last addition.
-  const Vec shift = kMoments ? run->shift : Vec{};
-  Vec sum1[2] = {}, sum2[2] = {};
-  const auto emit = [&](int row, int which) __attribute__((always_inline)) {
-    const Vec stored = store_map<Storage, kPartial>(y + row * pitch, load_vec(result + row * kPanel), valid);
-    if constexpr (kMoments) {
-      const Vec d = stored - shift;
-      sum1[which] = sum1[which] + d;
-      sum2[which] = sum2[which] + d * d;
-    }
-  };
-  int row = 0;
-  for (; row + 2 <= rows; row += 2) {
-    emit(row, 0);
-    emit(row + 1, 1);
-  }
-  if (row < rows) emit(row, 0);
-  if constexpr (kMoments) *run = {shift, sum1[0] + sum1[1], sum2[0] + sum2[1]};
 }
 
 template <typename Storage>
@@ -113,19 +55,8 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
       const int column = panel * kPanel, used = least(kPanel, p.e - column);
       multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.c, words(p.c), rows, used, result,
                     ahead);
-      Lane* to = static_cast<Lane*>(p.y) + row * p.e + column;
-      for_vectors(used, [&](auto partial, int c, int valid) {
-        constexpr bool kPartial = decltype(partial)::value;
-        RunMoments run{};
-        if (mean == nullptr) {
-          store_column<Storage, kPartial, false>(result + c, rows, to + c, p.e, valid, &run);
-          return;
-        }
-        double* at = mean + column + c;
-        run.shift = row == unit.row_begin ? shift_of_first_run<Storage>(result + c, rows) : shift_of_later_run<Storage>(at);
-        store_column<Storage, kPartial, true>(result + c, rows, to + c, p.e, valid, &run);
-        run.merge(row - unit.row_begin, rows, at, at + plan.padded_columns());
-      });
+      store_panel<Storage>(result, rows, used, static_cast<Lane*>(p.y) + row * p.e + column, p.e,
+                           mean == nullptr ? nullptr : mean + column, plan.padded_columns(), row - unit.row_begin);
     }
   }
 }

@@ -100,19 +100,26 @@ struct UpstreamTables {
   const float *scale, *shift, *mean, *b, *c;
 };
 
-// dy of rows that `grad` and `y` point to, rounded to storage (schema.py).
+// dy of one vector of values, whose tables are those of channel e on (schema.py).
+template <typename Storage, typename Act, bool kPartial>
+MNET_HD Vec upstream_vector(const typename Storage::Lane* grad, const typename Storage::Lane* y, int valid,
+                            const UpstreamTables& t, int e) {
+  const Vec scale = load_vec(t.scale + e), b = load_vec(t.b + e), c = load_vec(t.c + e);
+  const Vec value = load_map<Storage, kPartial>(y, valid);
+  Vec g = load_map<Storage, kPartial>(grad, valid);
+  if constexpr (Act::kCode != Activation::kIdentity) g = g * Act::bwd(Vec(scale * value + load_vec(t.shift + e)));
+  return scale * g + b * (value - load_vec(t.mean + e)) + c;
+}
+
+// dy of rows that `grad` and `y` point to, rounded to storage.
 template <typename Storage, typename Act>
 void upstream_rows(const typename Storage::Lane* grad, const typename Storage::Lane* y, int rows, int channels,
                    const UpstreamTables& t, float* tile, int64_t stride) {
   for (int row = 0; row < rows; ++row) {
     for_vectors(channels, [&](auto partial, int e, int valid) __attribute__((always_inline)) {
-      constexpr bool kPartial = decltype(partial)::value;
       const int64_t at = int64_t{row} * channels + e;
-      const Vec scale = load_vec(t.scale + e), b = load_vec(t.b + e), c = load_vec(t.c + e);
-      const Vec value = load_map<Storage, kPartial>(y + at, valid);
-      Vec g = load_map<Storage, kPartial>(grad + at, valid);
-      if constexpr (Act::kCode != Activation::kIdentity) g = g * Act::bwd(Vec(scale * value + load_vec(t.shift + e)));
-      store_row<Storage, false>(tile + row * stride, e, Vec(scale * g + b * (value - load_vec(t.mean + e)) + c));
+      store_row<Storage, false>(tile + row * stride, e,
+                                upstream_vector<Storage, Act, decltype(partial)::value>(grad + at, y + at, valid, t, e));
     });
   }
 }

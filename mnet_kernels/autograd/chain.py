@@ -13,6 +13,14 @@ def _source(block, x, extra):
     return (x, None, IDENTITY) if block.source_act is None else (x, extra[-1], block.source_act)
 
 
+def _image_gradient(dy, x, weight, stride):
+    """The gradient of the stem's input, which is rarely wanted, by torch's own op."""
+    padding, dilation, wanted = [1, 1], [1, 1], [True, False, False]
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [stride, stride], padding, dilation, False, [0, 0], 1, wanted
+    )[0]
+
+
 def forward(stage, block, x, layers, weights, extra):
     """Returns (out, saved tensors, [mean, unbiased variance] of every layer with batch statistics).
 
@@ -27,6 +35,8 @@ def forward(stage, block, x, layers, weights, extra):
             gate = gates[1]
         if layer.kind == "pointwise":
             y, moments = stage.pointwise(y, weight, bn, act, gate, layer.batch_stats)
+        elif layer.kind == "dense":
+            y, moments = stage.stem(y, weight, layer.stride, layer.batch_stats)
         else:
             y, moments = stage.depthwise(y, weight, bn, act, layer.stride, layer.batch_stats)
         bn, act = coefficients(stage, layer, layers[i], moments, y), layer.act
@@ -73,6 +83,9 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
             grad, sums, dw = stage.pointwise_backward(
                 *upstream, source, weights[i], bn, act, inner, skip, below, below, needs[at]
             )
+        elif layer.kind == "dense":
+            dy, dw = stage.stem_backward(*upstream, source, layer.stride, below, needs[at])
+            grad = _image_gradient(dy, source, weights[i], layer.stride) if below else None
         else:
             grad, sums, dw = stage.depthwise_backward(
                 *upstream, gate, offset, source, weights[i], bn, act, layer.stride, skip, below, needs[at]

@@ -33,6 +33,9 @@ MODE_STAGES = {
 }
 
 
+STEM_STAGES = frozenset({"stem", "stem_backward"})  # where they lack, that one layer runs on torch's own ops
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why and what to do."""
 
@@ -56,6 +59,11 @@ def missing_stages(backend, mode):
 def whole(backend, mode):
     """Whether the backend has every stage of a mode."""
     return not missing_stages(backend, mode)
+
+
+def has_stem(backend):
+    """Whether the backend has the stages of the stem."""
+    return implemented(backend) >= STEM_STAGES
 
 
 def why_unavailable(backend, device):

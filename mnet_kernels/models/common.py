@@ -1,4 +1,4 @@
-"""What the models share: the width rule's rounding, the stem, the initialisation."""
+"""What the models share: the width rule's rounding, the initialisation."""
 
 from torch import nn
 
@@ -7,15 +7,6 @@ def make_divisible(v, divisor, min_value=None):
     """Round to the nearest multiple of divisor, never below min_value (divisor) nor by more than 10 % down."""
     new = max(min_value or divisor, int(v + divisor / 2) // divisor * divisor)
     return new + divisor if new < 0.9 * v else new
-
-
-def dense_conv_bn_act(in_channels, out_channels, stride, norm_layer, activation_layer=nn.ReLU6):
-    """The stem: an ordinary 3x3 convolution, batch norm and activation (torchvision's Conv2dNormActivation)."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
-        norm_layer(out_channels),
-        activation_layer(inplace=True),
-    )
 
 
 def initialise(model):

@@ -4,7 +4,7 @@ import math
 
 from torch import nn
 
-from ..nn import FusedSeparable, FusedSeparableSequence
+from ..nn import FusedSeparable, FusedSeparableSequence, fusable
 from .common import make_divisible
 from .weights import load_weights
 
@@ -22,8 +22,8 @@ SEPARABLE_SETTING = (
 class FusedMobileNetV1(nn.Module):
     """MobileNetV1 of fused blocks: depthwise, batch norm, ReLU6, pointwise, batch norm, ReLU6.
 
-    Input [N, 3, H, W], output [N, num_classes]; any H and W from 32 up are sensible.  Fused, a block's last batch norm
-    and ReLU6 are applied by the next block's read and never written.
+    Input [N, 3, H, W], output [N, num_classes]; any H and W from 32 up are sensible.  Fused, the last batch norm
+    and ReLU6 of the stem and of a block are applied by the next block's read and never written.
 
     Args:
         num_classes: outputs of the classifier.
@@ -75,9 +75,19 @@ class FusedMobileNetV1(nn.Module):
         _initialise(self)
 
     def forward(self, x):
-        x = self.blocks(self.act1(self.bn1(self.conv_stem(x))))
+        stem = self.conv_stem, self.bn1, self.act1
+        if self._joins_stem(x, stem):
+            x = self.blocks(x, fusable.layer(*stem, "dense"))
+        else:
+            x = self.blocks(self.act1(self.bn1(self.conv_stem(x))))
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1)).flatten(1)
         return self.classifier(self.dropout(x))
+
+    def _joins_stem(self, x, stem):
+        """Whether the first block may read the stem's raw output."""
+        if fusable.is_traced(x) or fusable.global_hooks() or type(self.blocks) is not FusedSeparableSequence:
+            return False
+        return self.blocks.takes_stem() and not fusable.conv_bn_act(*stem, "dense", "stem")
 
 
 def _initialise(model):

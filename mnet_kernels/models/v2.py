@@ -4,8 +4,8 @@ from functools import partial
 
 from torch import nn
 
-from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct
-from .common import dense_conv_bn_act, initialise, make_divisible
+from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct, FusedStemConvBNAct
+from .common import initialise, make_divisible
 from .weights import load_weights
 
 # expansion t, output channels c, repeats n, stride s of the first
@@ -65,7 +65,7 @@ class FusedMobileNetV2(nn.Module):
 
         channels = make_divisible(32 * width_mult, round_nearest)
         self.last_channel = make_divisible(1280 * max(1.0, width_mult), round_nearest)
-        features = [dense_conv_bn_act(3, channels, stem_stride, norm_layer)]
+        features = [FusedStemConvBNAct(3, channels, stem_stride, norm_layer, backend=backend, mode=mode)]
         for t, c, n, s in setting:
             out = make_divisible(c * width_mult, round_nearest)
             for i in range(n):

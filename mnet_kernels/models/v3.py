@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct
-from .common import dense_conv_bn_act, initialise, make_divisible
+from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct, FusedStemConvBNAct
+from .common import initialise, make_divisible
 from .weights import load_weights
 
 STEM_CHANNELS = 16
@@ -180,7 +180,10 @@ class FusedMobileNetV3(nn.Module):
         block = block or partial(inverted_residual, backend=backend, mode=mode)
         norm_layer = norm_layer or partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
 
-        features = [dense_conv_bn_act(3, setting[0].input_channels, stem_stride, norm_layer, nn.Hardswish)]
+        stem = FusedStemConvBNAct(
+            3, setting[0].input_channels, stem_stride, norm_layer, nn.Hardswish, backend=backend, mode=mode
+        )
+        features = [stem]
         features += [block(row, norm_layer) for row in setting]
         channels = setting[-1].out_channels
         out = last_conv_channels or 6 * channels

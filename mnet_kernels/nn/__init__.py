@@ -1,6 +1,6 @@
 """Fused modules over the functional API; children and state_dict keys as in torchvision."""
 
-from .conv_bn_act import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct
+from .conv_bn_act import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct, FusedStemConvBNAct
 from .inverted_residual import FusedInvertedResidual
 from .separable import FusedSeparable, FusedSeparableSequence
 from .squeeze_excite import SqueezeExcite
@@ -11,5 +11,6 @@ __all__ = [
     "FusedPointwiseConvBNAct",
     "FusedSeparable",
     "FusedSeparableSequence",
+    "FusedStemConvBNAct",
     "SqueezeExcite",
 ]

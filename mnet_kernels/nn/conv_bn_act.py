@@ -100,3 +100,35 @@ class FusedPointwiseConvBNAct(FusedConvBNAct):
         return functional.pointwise_conv_bn_act(
             x, weight, bn, activation=activation, backend=self.backend, mode=self.mode
         )
+
+
+class FusedStemConvBNAct(FusedConvBNAct):
+    """act(BN(dense 3x3 convolution of an image)), [N, C, H, W] -> [N, O, ceil(H / stride), ceil(W / stride)].
+
+    Args:
+        in_channels, out_channels: C, O; C 1 to 8 to run fused.
+        stride: 1 or 2 to run fused.
+        norm_layer, activation_layer, backend, mode: as for :class:`FusedDepthwiseConvBNAct`.
+    """
+
+    kind = "dense"
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        stride=2,
+        norm_layer=None,
+        activation_layer=nn.ReLU6,
+        *,
+        backend=None,
+        mode=None,
+    ):
+        conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        super().__init__(*_modules(conv, norm_layer, activation_layer), backend=backend, mode=mode)
+
+    def run_fused(self, x):
+        _, weight, bn, activation, stride = self.layer()
+        return functional.stem_conv_bn_act(
+            x, weight, bn, stride=stride, activation=activation, backend=self.backend, mode=self.mode
+        )

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules import module as _torch_module
 
 from ..params import BatchNormParams, ConvBNAct, SqueezeExciteParams
+from ..schema import STEM_CHANNELS, STEM_KERNEL
 
 ACTIVATIONS = {
     nn.Identity: "identity",
@@ -65,7 +66,7 @@ def container(module, name, forward):
 
 
 def conv(module, kind, name):
-    """A bias-free 1x1 convolution, or a depthwise one of 3x3 or 5x5 with padding k // 2."""
+    """A bias-free 1x1 convolution, a depthwise one of 3x3 or 5x5, or a dense 3x3 one of an image; padding k // 2."""
     why = _plain(module, nn.Conv2d, name)
     if why:
         return why
@@ -82,6 +83,11 @@ def conv(module, kind, name):
         if module.kernel_size != (1, 1) or module.groups != 1 or module.stride != (1, 1):
             return f"{name} is not a plain 1x1 convolution"
         return None
+    if kind == "dense":
+        size = (STEM_KERNEL, STEM_KERNEL)
+        if module.kernel_size != size or module.groups != 1 or module.in_channels > STEM_CHANNELS:
+            return f"{name} is not a 3x3 convolution of an image"
+        return None if module.stride in ((1, 1), (2, 2)) else f"{name} has stride {module.stride}"
     if module.groups != module.in_channels or module.in_channels != module.out_channels:
         return f"{name} is not depthwise"
     if module.kernel_size not in ((3, 3), (5, 5)):

@@ -71,10 +71,14 @@ def _activation(activation_layer):
     return nn.Identity() if activation_layer is None else activation_layer(inplace=True)
 
 
-def run_sequence(blocks, x):
-    """Run fusable blocks of one choice of backend and mode."""
+def run_sequence(blocks, x, stem=None):
+    """Run fusable blocks of one choice of backend and mode, and the stem's layer before them."""
     layers = [block.layers() for block in blocks]
-    return functional.separable_sequence(x, layers, backend=blocks[0].backend, mode=blocks[0].mode)
+    return functional.separable_sequence(x, layers, stem=stem, backend=blocks[0].backend, mode=blocks[0].mode)
+
+
+def _joins(block):
+    return type(block) is FusedSeparable and not (fusable.untouched(block, "") or block.why_native())
 
 
 class FusedSeparableSequence(nn.Sequential):
@@ -85,19 +89,24 @@ class FusedSeparableSequence(nn.Sequential):
     is called as it is, after everything before it and before everything after it.
     """
 
-    def forward(self, x):
+    def takes_stem(self):
+        """Whether its first block can read a stem's raw output (``forward``'s ``stem``)."""
+        return not fusable.untouched(self, "") and _joins(next(self._blocks(), None))
+
+    def forward(self, x, stem=None):
+        """``stem``: the ConvBNAct before the blocks, of which x is then the input; only if :meth:`takes_stem`."""
         if fusable.is_traced(x) or fusable.global_hooks():
             return super().forward(x)
         run = []
         for block in self._blocks():
-            joins = type(block) is FusedSeparable and not (fusable.untouched(block, "") or block.why_native())
+            joins = _joins(block)
             if run and not (joins and (block.backend, block.mode) == (run[0].backend, run[0].mode)):
-                x, run = run_sequence(run, x), []
+                x, run, stem = run_sequence(run, x, stem), [], None
             if joins:
                 run.append(block)
             else:
                 x = block(x)
-        return run_sequence(run, x) if run else x
+        return run_sequence(run, x, stem) if run else x
 
     def _blocks(self):
         for child in self._modules.values():

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..schema import STEM_CHANNELS, STEM_KERNEL
 from . import fusable
 
 EXCITES = (
@@ -46,14 +47,14 @@ class Structure(NamedTuple):
                 return "inverted_residual"
             if kinds[:-2] == [] and acts[0] == acts[1] and self.excite is None:
                 return "separable_conv"
-        if kinds in (["depthwise"], ["pointwise"]) and self.excite is None:
-            return f"{kinds[0]}_conv_bn_act"
+        if len(kinds) == 1 and self.excite is None:
+            return f"{'stem' if kinds[0] == 'dense' else kinds[0]}_conv_bn_act"
         return None
 
     def why_native(self):
         """Why the modules must be called one by one, or None."""
         for layer in self.layers:
-            if layer.kind == "dense":
+            if layer.kind == "dense" and (len(self.layers) > 1 or not _is_stem(layer.conv)):
                 height, width = layer.conv.kernel_size
                 return f"a dense {height}x{width} convolution has no fused stage"
         if self.op is None:
@@ -79,6 +80,10 @@ def _kind(conv):
     if conv.groups == conv.in_channels and conv.groups > 1:
         return "depthwise"
     return "pointwise" if conv.kernel_size == (1, 1) and conv.groups == 1 else "dense"
+
+
+def _is_stem(conv):
+    return conv.kernel_size == (STEM_KERNEL, STEM_KERNEL) and conv.groups == 1 and conv.in_channels <= STEM_CHANNELS
 
 
 def _is_norm(module):

@@ -93,7 +93,9 @@ def run(found, x, residual, backend, mode):
     options = {"activation": layers[0].activation, "backend": backend, "mode": mode}
     if found.op == "pointwise_conv_bn_act":
         return functional.pointwise_conv_bn_act(x, layers[0].weight, layers[0].bn, **options)
-    options["stride"] = next(layer.stride for layer in layers if layer.kind == "depthwise")
+    options["stride"] = next(layer.stride for layer in layers if layer.kind != "pointwise")
+    if found.op == "stem_conv_bn_act":
+        return functional.stem_conv_bn_act(x, layers[0].weight, layers[0].bn, **options)
     if found.op == "depthwise_conv_bn_act":
         return functional.depthwise_conv_bn_act(x, layers[0].weight, layers[0].bn, **options)
     flat = [part for layer in layers for part in (layer.weight, layer.bn)]

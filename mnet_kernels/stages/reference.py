@@ -177,6 +177,19 @@ def depthwise(x, weight, bn, act, stride, moments):
     return y, _moments(y, moments)
 
 
+def _neighbourhoods(x, stride):
+    """The 3x3 neighbourhoods of a zero-padded image, one behind another: [N, C, H, W] -> [N, 9 C, H', W']."""
+    k, n = schema.STEM_KERNEL, x.shape[0]
+    height, width = (schema.depthwise_size(size, stride) for size in x.shape[2:])
+    columns = F.unfold(_acc(x), k, padding=k // 2, stride=stride)
+    return columns.view(n, k * k * x.shape[1], height, width)
+
+
+def stem(x, weight, stride, moments):
+    y = _store(_matmul(weight, _neighbourhoods(x, stride)), x)
+    return y, _moments(y, moments)
+
+
 def finalize(moments, gamma, beta, eps, count):
     mean, var = moments.unbind(0)
     rstd = (var + eps).rsqrt()
@@ -251,6 +264,14 @@ def pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, res
         if needs_sums and bn is not None:
             sums = _sums(gz, x, bn) if gate is None else _image_sums(gz, x, bn, act)
     return gx, sums, dw
+
+
+def stem_backward(grad, y, y_bn, coef, y_act, x, stride, needs_dy, needs_dw):
+    _, dy = _upstream(grad, y, y_bn, coef, y_act)
+    dw = _none(x)
+    if needs_dw:
+        dw = _outer_sum(dy, _neighbourhoods(x, stride)).view(-1, x.shape[1], schema.STEM_KERNEL, schema.STEM_KERNEL)
+    return _store(dy, x) if needs_dy else x.new_empty(0), dw
 
 
 def _image_sums(dz, x, bn, act):
