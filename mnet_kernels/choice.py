@@ -40,7 +40,7 @@ BY_NAME = {"cuda": ("cuda", "triton")}
 # What `python -m mnet_kernels.bench block --write-modes` measured.
 MEASURED = Path(__file__).with_name("modes.json")
 NEVER = 2**62  # positions no map has
-# The stem runs fused of its own accord in training, on outputs of at least so many positions (N*H*W): there that measured
+# The stem runs fused of its own accord in training, on outputs of at least so many positions (N*H*W): there it measured
 # faster than torch's own ops, 16 and 32 channels in float32 and bfloat16.  In evaluation torch was the faster one.
 STEM_POSITIONS = 2**14
 
