@@ -223,15 +223,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
       const float added = static_cast<float>(rows), merged = added / (count + added);
       MNET_UNROLL
       for (int v = 0; v < kVec; ++v) {
-        float sum1 = 0.f, sum2 = 0.f;
+        float mean = out[0][v], m2 = 0.f;
         MNET_UNROLL
         for (int o = 1; o < Traits::kRows; ++o) {
-          const float d = MNET_PLANT(7, o < rows, true) ? out[o][v] - out[0][v] : 0.f;
-          sum1 += d;
-          sum2 = fmaf(d, d, sum2);
+          if (MNET_PLANT(7, o < rows, true)) welford_update(mean, m2, out[o][v], 1.f / static_cast<float>(o + 1));
         }
-        const Moments<float> run = from_shifted(added, out[0][v], sum1, sum2);
-        chan_update(means[v][tid], m2s[v][tid], count, run.mean, run.m2, merged);
+        chan_update(means[v][tid], m2s[v][tid], count, mean, m2, merged);
       }
       count += added;
     }
@@ -249,11 +246,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
   if (pack == 0) counts[lane] = count;  // the first pack of a block always has channels
   MNET_PLANT(8, __syncthreads(), (void)0);
   if (tid >= Traits::kChannels || block_channel + tid >= p.c) return;
-  Moments<float> sum{0.f, 0.f, 0.f};
-  for (int l = 0; l < Traits::kPixelLanes; ++l) {
-    const int slot = l * Traits::kPacks + MNET_PLANT(9, tid / kVec, tid % kVec);
-    sum = combine(sum, Moments<float>{counts[l], means[tid % kVec][slot], m2s[tid % kVec][slot]});
-  }
+  const Moments<float> sum = merge<float>([&](auto&& add) {
+    for (int l = 0; l < Traits::kPixelLanes; ++l) {
+      const int slot = l * Traits::kPacks + MNET_PLANT(9, tid / kVec, tid % kVec);
+      add({counts[l], means[tid % kVec][slot], m2s[tid % kVec][slot]});
+    }
+  });
   float* partial = workspace + chunk * 3 * p.c + block_channel + tid;
   partial[0] = sum.count;
   partial[p.c] = sum.mean;
