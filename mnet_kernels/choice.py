@@ -53,6 +53,7 @@ class Choice(NamedTuple):
     reason: str
     message: str
     level: int
+    stem: bool = False  # whether the backend has the stages of the stem
 
 
 def _check(name, value, allowed):
@@ -165,18 +166,21 @@ def choose(device, dtype, backend=None, mode=None, positions=None):
     return choice
 
 
-def fuses_stem(backend, training, positions, asked=None):
-    """Whether the stem of a call that ``backend`` runs fused is fused as well, or left to torch's own ops.
+def fuses_stem(choice, training, positions, asked=None):
+    """Whether the stem of a call that runs fused is fused as well, or left to torch's own ops.
 
-    A backend asked for by name fuses it wherever it has the stages, automatic choice where that measured faster.
+    A backend asked for by name fuses it wherever it has the stages (where it lacks them, that is said once), automatic
+    choice where it measured faster.
 
     Args:
-        backend: the choice's.
-        training: whether a backward follows, through the batch's own statistics.
+        choice: of the call.
+        training: whether a backward follows that goes through the batch's own statistics and not into the image.
         positions: N*H*W of its output.
         asked: backend asked for by the call or module.
     """
-    if not backends.has_stem(backend):
+    if not choice.stem:
+        lacking = ", ".join(sorted(backends.STEM_STAGES))
+        say_once(f"backend {choice.backend!r} leaves the stem to torch's own ops: it has no {lacking}", logging.WARNING)
         return False
     if _requested(0, asked, BACKENDS, "backend")[0] != "auto":
         return True
@@ -207,6 +211,11 @@ decide._dynamo_marked_constant = True
 
 @functools.lru_cache(maxsize=1024)
 def _decide(name, who, device, dtype, mode):
+    found = _find(name, who, device, dtype, mode)
+    return found._replace(stem=found.backend != "native" and backends.has_stem(found.backend))
+
+
+def _find(name, who, device, dtype, mode):
     if name == "native":
         return _native(who, device, logging.INFO)
     if name == "auto":

@@ -128,6 +128,9 @@ def separable_sequence(x, blocks, *, stem=None, backend=None, mode=None):
         The last block's output.
     """
     kinds = [tuple(getattr(layer, "kind", type(layer).__name__) for layer in block) for block in blocks]
+    if stem is not None and getattr(stem, "kind", None) != "dense":
+        found = getattr(stem, "kind", type(stem).__name__)
+        raise ValueError(f"separable_sequence: stem must be a ConvBNAct of kind 'dense' or None; got {found}")
     if not kinds or any(kind != ("depthwise", "pointwise") for kind in kinds):
         raise ValueError(
             f"separable_sequence: blocks must be one or more pairs of ConvBNAct, depthwise then pointwise; got {kinds}"
@@ -244,9 +247,11 @@ def _run(op, x, layers, residual, se, backend, mode, nodes=None):
 
 
 def _fuses_stem(x, layer, choice, backend):
+    if layer.bn.group is not None and choice.stem:  # torch's own ops share statistics between processes on CUDA only
+        return True
     height, width = (schema.depthwise_size(size, layer.stride) for size in x.shape[2:])
-    training = torch.is_grad_enabled() and layer.bn.batch_stats
-    return fuses_stem(choice.backend, training, x.shape[0] * height * width, backend)
+    training = torch.is_grad_enabled() and layer.bn.batch_stats and not x.requires_grad
+    return fuses_stem(choice, training, x.shape[0] * height * width, backend)
 
 
 def _run_node(x, layers, residual, se, choice, source, raw):

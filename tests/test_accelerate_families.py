@@ -16,11 +16,11 @@ timm = pytest.importorskip("timm")
 
 # (model, size of the images, blocks replaced, blocks kept)
 TORCHVISION = {
-    "mobilenet_v2": (64, 18, 1),
-    "mobilenet_v3_large": (64, 16, 1),
-    "mobilenet_v3_small": (64, 12, 1),
+    "mobilenet_v2": (64, 19, 0),
+    "mobilenet_v3_large": (64, 17, 0),
+    "mobilenet_v3_small": (64, 13, 0),
     "mnasnet0_5": (64, 17, 0),
-    "efficientnet_b0": (64, 17, 1),
+    "efficientnet_b0": (64, 18, 0),
 }
 TIMM = {
     "mobilenetv1_100": (64, 13, 0),
@@ -114,7 +114,7 @@ MIXED = [*conv_bn(6, 18, 3), *conv_bn(18, 18, 3, 18, nn.ReLU), nn.Dropout(0.0), 
         (NESTED, "inverted_residual"),
         (FLAT, "inverted_residual"),
         ([*conv_bn(6, 6, 3, 6), *conv_bn(6, 6, 1)], "separable_conv"),
-        (MIXED, "a Sequential that runs depthwise_conv_bn_act, pointwise_conv_bn_act"),
+        (MIXED, "a Sequential that runs stem_conv_bn_act, depthwise_conv_bn_act, pointwise_conv_bn_act"),
     ],
     ids=["nested", "flat", "separable", "mixed"],
 )

@@ -142,8 +142,8 @@ def test_deadline_stops_and_leaves_no_timer():
 
 def test_blocks_of_v2():
     names = [block.name for block in shapes.blocks(["v2"])]
-    assert len(names) == len(set(names)) == 13
-    assert names[0] == "v2 32x112x112 dw3s1 pw16 relu6"
+    assert len(names) == len(set(names)) == 14
+    assert names[:2] == ["v2 3x224x224 conv32k3s2 relu6", "v2 32x112x112 dw3s1 pw16 relu6"]
     assert "v2 96x14x14 pw576 dw3s1 pw96 relu6 +x" in names
     assert names[-1] == "v2 320x7x7 pw1280 relu6"
 
@@ -162,6 +162,9 @@ def test_stage_work_is_counted():
     backward = rows["pointwise_backward 96x56x56 pw24 relu6"]
     assert backward.flops(setting) == 3 * 2 * 2 * 96 * 24 * 56 * 56
     assert backward.bytes(setting) == 3 * 2 * 2 * (96 + 24) * 56 * 56
+    stem = rows["stem_backward 3x224x224 conv32k3s2"]
+    assert stem.flops(setting) == 3 * 2 * 27 * 32 * 112 * 112
+    assert stem.bytes(setting) == 3 * 2 * (2 * 32 * 112 * 112 + 3 * 224 * 224)
 
 
 @pytest.mark.parametrize("subject", stage_subjects.stages(["v3-small"], **SMALL), ids=lambda s: s.name)
@@ -196,7 +199,8 @@ def test_every_layer_of_a_block_is_measured_in_both_directions():
     for block in shapes.blocks(["v2"], **SMALL):
         for layer in shapes.record(block.module, block.shape)[0]:
             size = f"{layer.channels}x{layer.height}x{layer.width}"
-            for stage in (layer.kind, f"{layer.kind}_backward"):
+            kind = "stem" if layer.kind == "dense" else layer.kind
+            for stage in (kind, f"{kind}_backward"):
                 assert f"{stage} {size} {layer} {layer.act or ''}".strip() in names
 
 

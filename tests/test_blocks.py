@@ -7,6 +7,7 @@ import torch
 from blocks import CASES, Case, Inputs, assert_same, fused_modes, step
 
 import mnet_kernels as mk
+from mnet_kernels import log
 
 
 def compare(inputs):
@@ -297,16 +298,22 @@ def test_stem_that_the_next_block_reads_raw(stride):
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_stem_that_is_left_to_torch(backend, monkeypatch):
-    """Of its own accord in evaluation and on small maps, and on a backend without its stages."""
+def test_stem_that_is_left_to_torch(backend, monkeypatch, caplog):
+    """Of its own accord in evaluation, on small maps and where x needs a gradient; on a backend without its stages,
+    which is said."""
     module = mk.nn.FusedStemConvBNAct(3, 5, 1)
+    mk.choice._decide.cache_clear()
+    log.forget()
     if backend == "triton":
         monkeypatch.setattr(mk.backends, "implemented", lambda name: mk.backends.MODE_STAGES["chain"])
         monkeypatch.setattr(mk.backends, "why_unavailable", lambda name, device: None)
-    for training, size in ((True, 128), (False, 128), (True, 64)):
-        x = torch.randn(1, 3, size, size)
+    for training, size, grad in ((True, 128, False), (False, 128, False), (True, 64, False), (True, 128, True)):
+        x = torch.randn(1, 3, size, size, requires_grad=grad)
         with mk.backend(backend), mk.count_stages() as counts:
             out = module.train(training)(x)
         torch.testing.assert_close(out, torch.nn.Sequential.forward(module, x), rtol=1e-4, atol=1e-4)
-        fused = (training, size, backend) == (True, 128, "auto") and mk.backends.has_stem("cpu")
+        fused = (training, size, grad, backend) == (True, 128, False, "auto") and mk.backends.has_stem("cpu")
         assert (counts["native::stem_conv_bn_act"] == 0) == fused
+    said = [r.message for r in caplog.records if "leaves the stem" in r.message]
+    assert len(said) == (backend == "triton" or not mk.backends.has_stem("cpu"))
+    mk.choice._decide.cache_clear()

@@ -33,11 +33,12 @@ def blocks(model):
 
 
 def assert_path(model, counts, mode):
-    """Every block ran as one, the expanded tensor of algebraic mode never existed, nothing ran native."""
+    """Every block and the stem ran as one, the expanded tensor of algebraic mode never existed, nothing ran native."""
     count = len(blocks(model))
     expanding = sum(b.block[0][0].groups == 1 for b in blocks(model))
     assert native_calls(counts) == 0
-    assert counts["mnet_ref::normalize"] == counts["mnet_ref::normalize_backward"] == count + 1
+    assert counts["mnet_ref::normalize"] == counts["mnet_ref::normalize_backward"] == count + 2
+    assert counts["mnet_ref::stem"] == counts["mnet_ref::stem_backward"] == 1
     assert counts["mnet_ref::expand_depthwise"] == (expanding if mode == "algebraic" else 0)
     assert counts["mnet_ref::depthwise"] == count - counts["mnet_ref::expand_depthwise"]
     assert counts["mnet_ref::squeeze"] == sum(len(b.block) == 3 + (b.block[0][0].groups == 1) for b in blocks(model))
@@ -50,7 +51,8 @@ def test_equals_torchvision(arch, backend, mode, training):
     want, got = pair(arch)
     counts = compare(want, got, backend, mode, (47, 40), training=training)
     if backend == "native":
-        assert counts == {"native::inverted_residual": len(blocks(got)), "native::pointwise_conv_bn_act": 1}
+        convs = {f"native::{kind}_conv_bn_act": 1 for kind in ("stem", "pointwise")}
+        assert counts == {"native::inverted_residual": len(blocks(got))} | convs
     else:
         assert_path(got, counts, mode)
 
@@ -66,7 +68,7 @@ def test_dilated(arch, reduced_tail, backend, mode, caplog):
     said = [r.getMessage() for r in caplog.records if "dilated" in r.getMessage()]
     assert sorted(message.split()[0] for message in said) == ["FusedDepthwiseConvBNAct", "FusedInvertedResidual"]
     # expand and project of the three blocks, and what stands before them
-    assert counts["mnet_ref::normalize"] == len(blocks(got)) - 3 + 2 * 3 + 1
+    assert counts["mnet_ref::normalize"] == len(blocks(got)) - 3 + 2 * 3 + 2
 
 
 @pytest.mark.parametrize(("width", "dilated", "reduced_tail"), [*itertools.product((1.0, 0.35, 1.25), (0, 1), (0, 1))])
@@ -169,7 +171,7 @@ def test_part_of_the_features():
     with mk.backend("reference"), mk.count_stages() as counts:
         out = got.features[:5](x)
     torch.testing.assert_close(out, want.features[:5](x), rtol=1e-10, atol=1e-12)
-    assert counts["mnet_ref::normalize"] == 4
+    assert counts["mnet_ref::normalize"] == 5
 
 
 def test_feature_extractor():
@@ -179,7 +181,7 @@ def test_feature_extractor():
     x = torch.randn(2, 3, 40, 33, dtype=torch.float64)
     with mk.backend("reference"), mk.count_stages() as counts:
         found = got(x)
-    assert native_calls(counts) == 0 and counts["mnet_ref::normalize"] == 12
+    assert native_calls(counts) == 0 and counts["mnet_ref::normalize"] == 13
     for name, value in want(x).items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
 
@@ -190,12 +192,12 @@ def test_accelerate(arch, backend, mode):
     kwargs = {"num_classes": 5, "dropout": 0.0, "width_mult": 0.35}
     original, model = twins(theirs(arch, **kwargs), theirs(arch, **kwargs))
     was = [type(m) for m in model.modules()]
-    count = len(model.features) - 2
+    count = len(model.features)
     report = mk.accelerate(model)
-    assert len(report.replaced) == count + 1 and [row[0] for row in report.kept] == ["features.0"]
+    assert len(report.replaced) == count and not report.kept
     assert list(model.state_dict()) == list(original.state_dict())
     counts = compare(original, model, backend, mode, (40, 33))
-    assert native_calls(counts) == 0 and counts["mnet_ref::normalize"] == count + 1
+    assert native_calls(counts) == 0 and counts["mnet_ref::normalize"] == count
     assert (counts["mnet_ref::expand_depthwise"] > 0) == (mode == "algebraic")
     assert len(mk.restore(model)) == len(report.replaced) and [type(m) for m in model.modules()] == was
 

@@ -73,8 +73,8 @@ def test_what_is_no_block(text, message):
 
 def test_a_models_blocks_and_where_they_stand():
     placed = subject.find("v2", width=0.25, resolution=32)
-    assert sum(len(p.paths) for p in placed) == 18  # 17 inverted residuals and the last pointwise layer
-    assert placed[0].paths == ("features.1",) and placed[-1].subject.level == "model"
+    assert sum(len(p.paths) for p in placed) == 19  # the stem, 17 inverted residuals and the last pointwise layer
+    assert placed[0].paths == ("features.0",) and placed[-1].subject.level == "model"
     only = subject.find("v2", width=0.25, resolution=32, only=" +x")
     assert only and all(p.subject.name.endswith("+x") for p in only)
     with pytest.raises(BenchError, match="no block of v2 has 'nothing' in its name; there are:\n  v2 "):

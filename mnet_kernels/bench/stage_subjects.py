@@ -206,6 +206,43 @@ class ConvolutionBackward(Convolution):
         return lambda: table.depthwise_backward(*upstream, *tail)
 
 
+class Stem(Convolution):
+    """``stem``: the dense convolution of the image."""
+
+    stages = ("stem",)
+
+    def fused(self, new, table):
+        layer = self.layers[0]
+        x, weight = new.map(*self.shape_of_input(layer)), self._weight(new)
+        return lambda: table.stem(x, weight, layer.stride, True)
+
+
+class StemBackward(Stem):
+    """``stem_backward``: the gradient of the weight; the image needs none."""
+
+    stages = ("stem_backward",)
+    backward = True
+
+    def maps(self):
+        layer = self.layers[0]
+        return [self.shape_of_output(layer)] * 2 + [self.shape_of_input(layer)]
+
+    def flops(self, setting):
+        return super().flops(setting) // 2  # one product, not two
+
+    def fused(self, new, table):
+        layer = self.layers[0]
+        x = new.map(*self.shape_of_input(layer))
+        grad, y = (new.map(*self.shape_of_output(layer)) for _ in range(2))
+        upstream = (grad, y, new.table(y), new.vector(4, layer.out_channels), IDENTITY)
+        return lambda: table.stem_backward(*upstream, x, layer.stride, False, True)
+
+    def native(self, new):
+        layer = self.layers[0]
+        x, weight = new.map(*self.shape_of_input(layer)), self._weight(new)
+        return (lambda weight: _convolution(x, weight, layer.stride)), (weight,)
+
+
 class Normalize(Stage):
     """``normalize`` of a project layer's output."""
 
@@ -341,8 +378,9 @@ def stages(names=None, width=1.0, resolution=224):
     records = [shapes.record(block.module, block.shape)[0] for block in shapes.blocks(names, width, resolution)]
     for rows in records:
         for layer in rows:
-            add(Convolution, layer)
-            add(ConvolutionBackward, layer)
+            stem = layer.kind == "dense"
+            add(Stem if stem else Convolution, layer)
+            add(StemBackward if stem else ConvolutionBackward, layer)
     for rows in records:
         add(Normalize, rows[-1])
         add(NormalizeBackward, rows[-1])

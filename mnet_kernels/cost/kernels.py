@@ -74,6 +74,8 @@ def _work(op, args, outputs):
         x, weight, bn = args[:3]
         y = outputs[0]
         return _product(weight, _positions(y)), _NORMALISE * x.numel() * (bn is not None) + _MOMENTS * y.numel()
+    if op == "stem":
+        return _product(args[1], _positions(outputs[0])), _MOMENTS * outputs[0].numel()
     if op == "depthwise":
         x, weight, bn = args[:3]
         y = outputs[0]
@@ -83,6 +85,9 @@ def _work(op, args, outputs):
         dx, sums, dw = args[11:14]
         lanes = _NORMALISE * (y.numel() + 2 * x.numel() * (bn is not None))
         return ((dx or sums) + dw) * _product(weight, _positions(y)), lanes
+    if op == "stem_backward":
+        y, dw = args[1], outputs[1]
+        return _product(dw, _positions(y)), _NORMALISE * y.numel()
     if op == "depthwise_backward":
         y, x, weight, bn = args[1], args[7], args[8], args[9]
         dx, dw = args[13:15]

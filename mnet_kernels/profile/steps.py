@@ -233,6 +233,7 @@ def part(name, shapes, excite=frozenset()):
             ("expand", "expand+depthwise"),
             ("gram", "expand+depthwise"),
             ("squeeze", "squeeze-excite"),
+            ("stem", "dense conv"),
         ):
             if op.startswith(start):
                 return found
