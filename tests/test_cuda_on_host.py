@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import test_cpu_stages as elementwise
+import test_cpu_stem as stems
 import test_gpu as suite
 import test_precision
 import torch
@@ -35,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is linked as on Linux"),
 ]
 
-STAGES = [name for name in schema.NAMES if name in backends.MODE_STAGES["chain"]]
+STAGES = [name for name in schema.NAMES if name in backends.MODE_STAGES["chain"] | backends.STEM_STAGES]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD, REVERSE, RANDOM_THREADS, RANDOM_WARPS = range(4)  # the schedules of csrc/tests/launch_host.h
 NO_IMAGE, LAUNCH_FAILURE = 209, 719  # cudaErrorNoKernelImageForDevice, cudaErrorLaunchFailure
@@ -66,6 +67,7 @@ def _backend_of_the_cpu(library, monkeypatch):
     monkeypatch.setattr(compiled, "_extension", compiled._extension or object())
     monkeypatch.setitem(suite.HOME, "cuda", "cpu")
     monkeypatch.setattr(elementwise, "ours", lambda name: getattr(torch.ops.mnet_cuda, name))
+    monkeypatch.setattr(stems, "CPU", torch.ops.mnet_cuda)
     # As on a card: torch's own error, which ours is held against, is float32's.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     choice._decide.cache_clear()
@@ -81,7 +83,7 @@ def _backend_of_the_cpu(library, monkeypatch):
 
 
 def test_chain_mode_is_whole():
-    assert backends.whole("cuda", "chain")
+    assert backends.whole("cuda", "chain") and backends.has_stem("cuda")
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
@@ -198,11 +200,36 @@ def test_strides_batches_and_errors():
     elementwise.test_errors()
 
 
+# ---- the suite of the CPU's stem -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stem_as_the_cpus(dtype):
+    for size in ((1, 1, 1, 1, 1), (2, 3, 32, 17, 22), (1, 8, 70, 9, 5), (5, 2, 33, 31, 1)):
+        for stride in (1, 2):
+            stems.test_every_call_agrees_with_the_reference(size, stride, dtype)
+    for layout in stems.LAYOUTS:
+        stems.test_the_layout_of_the_image_does_not_change_a_bit(layout, dtype)
+    stems.test_moments_of_constant_and_distant_channels(dtype)
+    for value in (float("nan"), float("inf")):
+        stems.test_what_is_not_finite_goes_where_it_goes_in_torch(value, dtype)
+
+
+def test_stem_batches_strides_and_errors():
+    stems.test_empty_batch()
+    stems.test_weight_of_any_strides()
+    for message in stems.BAD:
+        stems.test_bad_input_is_refused(message)
+    stems.test_bad_upstream_is_refused()
+
+
 # ---- blocks and a network -------------------------------------------------------------------------------------------
 
 BLOCKS = [
     Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", n=2, c=21, h=15, w=11),
     Case("pointwise_conv_bn_act", n=1, c=17, o=9, h=13, w=7),
+    Case("stem_conv_bn_act", stride=2, n=3, c=3, o=21, h=19, w=23),
+    Case("stem_conv_bn_act", stride=1, activation="hardswish", n=2, c=4, o=40, h=9, w=18),
     Case("separable_conv", stride=2, n=2, c=24, o=40, h=14, w=14),
     Case(residual=True, n=2, c=16, e=40, h=14, w=14),
     Case(residual=True, excite=True, activation="silu", n=2, c=13, e=37, h=9, w=9),
@@ -245,7 +272,7 @@ def test_training_step():
         with mk.backend("cuda", "chain"), mk.count_stages() as counts:
             ours = training_step(low, x, labels)
         assert {label.split("::")[0] for label in counts} == {"mnet_cuda"}
-        assert counts["mnet_cuda::depthwise_backward"] == 17
+        assert counts["mnet_cuda::depthwise_backward"] == 17 and counts["mnet_cuda::stem_backward"] == 1
         for name, ref in want.items():
             if name.endswith("num_batches_tracked"):
                 assert torch.equal(ours[name], ref)
