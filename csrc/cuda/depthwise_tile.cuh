@@ -174,16 +174,13 @@ class DepthwiseOutput {
     const float added = static_cast<float>(rows), merged = added / (count_ + added);
     MNET_UNROLL
     for (int v = 0; v < kVec; ++v) {
-      float sum1 = 0.f, sum2 = 0.f;
+      float mean = out[0][v], m2 = 0.f;
       MNET_UNROLL
       for (int o = 1; o < Traits::kRows; ++o) {
-        const float d = MNET_PLANT(7, o < rows, true) ? out[o][v] - out[0][v] : 0.f;
-        sum1 += d;
-        sum2 = fmaf(d, d, sum2);
+        if (MNET_PLANT(7, o < rows, true)) welford_update(mean, m2, out[o][v], 1.f / static_cast<float>(o + 1));
       }
-      const Moments<float> run = from_shifted(added, out[0][v], sum1, sum2);
-      float* mean = slots_ + v * Traits::kThreads + threadIdx.x;
-      chan_update(mean[0], mean[kVec * Traits::kThreads], count_, run.mean, run.m2, merged);
+      float* const slot = slots_ + v * Traits::kThreads + threadIdx.x;
+      chan_update(slot[0], slot[kVec * Traits::kThreads], count_, mean, m2, merged);
     }
     count_ += added;
   }
@@ -196,11 +193,13 @@ class DepthwiseOutput {
     if (tid % Traits::kPacks == 0) counts[tid / Traits::kPacks] = count_;  // the first pack of a block always has channels
     MNET_PLANT(8, __syncthreads(), (void)0);
     if (tid >= Traits::kChannels || block_channel_ + tid >= p_.c) return;
-    Moments<float> sum{0.f, 0.f, 0.f};
-    for (int l = 0; l < Traits::kPixelLanes; ++l) {
-      const float* from = slots_ + tid % kVec * Traits::kThreads + l * Traits::kPacks + MNET_PLANT(9, tid / kVec, tid % kVec);
-      sum = combine(sum, Moments<float>{counts[l], from[0], from[kVec * Traits::kThreads]});
-    }
+    const float* const slots = slots_ + tid % kVec * Traits::kThreads + MNET_PLANT(9, tid / kVec, tid % kVec);
+    const Moments<float> sum = merge<float>([&](auto&& add) {
+      for (int l = 0; l < Traits::kPixelLanes; ++l) {
+        const float* const slot = slots + l * Traits::kPacks;
+        add({counts[l], slot[0], slot[kVec * Traits::kThreads]});
+      }
+    });
     float* partial = workspace + chunk * 3 * p_.c + block_channel_ + tid;
     partial[0] = sum.count;
     partial[p_.c] = sum.mean;

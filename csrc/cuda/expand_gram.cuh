@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(GramTraits::kThreads, GramTraits::kBlocksPerSm
         }
       }
     }
-    if (MNET_PLANT(51, first, int64_t{0}) + t.rows < end) fetch(first + t.rows);
+    if (first + t.rows < end) fetch(first + MNET_PLANT(51, t.rows, 0));
     MNET_PLANT(52, __syncthreads(), (void)0);  // the tile is there
 
     const float shift = tile[channel];
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(GramTableTraits::kThreads)
   const auto mean = static_cast<float>(shift_i + sum_i * inverse);
   p.gram[int64_t{p.c} * p.c + i] = mean;
   // a value of the storage dtype, or x - k would not be exact
-  const bool distant = fabsf(mean) > MNET_PLANT(60, GramTableTraits::kGateRatio, 8.f) * sqrtf(covariance);
+  const bool distant = fabsf(mean) > MNET_PLANT(60, GramTableTraits::kGateRatio, 20.f) * sqrtf(covariance);
   p.gram[(int64_t{p.c} + 1) * p.c + i] = distant ? to_float(from_float<T>(mean)) : 0.f;
 }
 

@@ -76,7 +76,9 @@ def why_not_algebraic(backend, wide, trains):
     lacking = missing_stages(backend, "algebraic", trains)
     if lacking:
         return f"it has no kernel yet for {', '.join(lacking)}" + (
-            "" if missing_stages(backend, "algebraic", False) else ", which only a call without gradients can do without"
+            ""
+            if missing_stages(backend, "algebraic", False)
+            else ", which only a call without gradients can do without"
         )
     return f"its kernels take blocks of at most {WIDEST[backend]} input channels" if wide else None
 
