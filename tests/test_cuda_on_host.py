@@ -16,7 +16,7 @@ import test_cpu_stages as elementwise
 import test_gpu as suite
 import test_precision
 import torch
-from blocks import Case, Inputs, step
+from blocks import Case, Inputs, step, upstream_of
 from kinks import clear_model
 from precision import Judge, errors
 from test_choice import ALGEBRAIC_FORWARD
@@ -327,6 +327,23 @@ def test_moments_are_of_training_alone(mode, training):
     if mode == "algebraic":
         first = {"expand_depthwise": [training], "pointwise": [training]}
     assert calls.moments == first
+
+
+@pytest.mark.parametrize("case", BLOCKS[::2], ids=str)
+def test_one_graph(case):
+    """torch.compile, forward and backward in one graph each, to the bit what runs without it."""
+    inputs = Inputs(case, torch.float32)
+    upstream = upstream_of(inputs.call())
+    torch._dynamo.reset()
+    results = []
+    with mk.backend("cuda", "chain"):
+        for call in (inputs.call, torch.compile(inputs.call, fullgraph=True, backend="aot_eager")):
+            for bn in inputs.bns:
+                bn.reset_running_stats()
+            out = call()
+            grads = torch.autograd.grad(out, list(inputs.leaves.values()), upstream.to(out.dtype))
+            results.append([out.detach(), *grads, *(b.clone() for bn in inputs.bns for b in bn.buffers())])
+    assert all(map(torch.equal, *results))
 
 
 def test_block_runs_its_own_stages():
