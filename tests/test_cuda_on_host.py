@@ -7,6 +7,7 @@ allocation, dispatch and kernels are the real ones, and the suites written for a
 
 import ctypes
 import fcntl
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -327,6 +328,18 @@ def test_moments_are_of_training_alone(mode, training):
     if mode == "algebraic":
         first = {"expand_depthwise": [training], "pointwise": [training]}
     assert calls.moments == first
+
+
+def test_launchers_call_nothing_that_a_capture_forbids():
+    """Of CUDA's runtime they use only what may be called while a CUDA graph is captured: no allocation, copy or wait.
+
+    What is above them reads no value of a tensor, or torch.compile could not make one graph of it (the next test).
+    """
+    allowed = {"cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetLastError"}
+    sources = [p for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in (".cu", ".cuh", ".cpp", ".h")]
+    text = "\n".join(re.sub(r"//.*", "", p.read_text()) for p in sources)
+    assert set(re.findall(r"\b(cuda[A-Z]\w+)\s*\(", text)) == allowed
+    assert not re.search(r"\.item\(|\.cpu\(|at::_local_scalar|synchronize", text)
 
 
 @pytest.mark.parametrize("case", BLOCKS[::2], ids=str)
