@@ -175,7 +175,7 @@ def pointwise_variant(kernel, shape, row, dtype, gated):
     if kernel == "pointwise":
         flags["MOMENTS"] = True
     else:
-        flags["Y_ACT"] = 2
+        flags |= {"Y_ACT": 2, "OFFSET": gated} | ({"grad": None} if gated else {"offset": None})
     if kernel == "pointwise_dgrad":
         flags |= {"RESIDUAL": False, "residual": None, "STORE": True, "SUMS": True}
     return getattr(pointwise, f"{kernel}_kernel"), flags, warps, stages

@@ -110,19 +110,25 @@ def upstream(grad, y, scale, shift, mean, b, c, ACT: tl.constexpr):
 
 
 @triton.jit
-def load_upstream(grad, y, y_bn, coef, row, p, e, valid, channels, Y_ACT: tl.constexpr):
-    """A tile of dy, rounded to storage, zero where not valid."""
+def load_upstream(
+    grad, y, y_bn, coef, offset, row, p, e, valid, channels, image_rows, Y_ACT: tl.constexpr, OFFSET: tl.constexpr
+):  # fmt: skip
+    """A tile of dy, rounded to storage, zero where not valid.  OFFSET: an image's offset takes the place of grad."""
     in_e = e < channels
-    offset = p[:, None] * channels + e[None, :]
-    g = tl.load(grad + row * channels + offset, mask=valid, other=0.0).to(tl.float32)
-    v = tl.load(y + row * channels + offset, mask=valid, other=0.0).to(tl.float32)
+    at = p[:, None] * channels + e[None, :]
+    if OFFSET:
+        image = (row + p) // image_rows
+        g = tl.load(offset + image[:, None] * channels + e[None, :], mask=valid, other=0.0)
+    else:
+        g = tl.load(grad + row * channels + at, mask=valid, other=0.0).to(tl.float32)
+    v = tl.load(y + row * channels + at, mask=valid, other=0.0).to(tl.float32)
     scale = tl.load(y_bn + e, mask=in_e, other=0.0)[None, :]
     shift = tl.load(y_bn + channels + e, mask=in_e, other=0.0)[None, :]
     mean = tl.load(y_bn + 2 * channels + e, mask=in_e, other=0.0)[None, :]
     b = tl.load(coef + e, mask=in_e, other=0.0)[None, :]
     c = tl.load(coef + channels + e, mask=in_e, other=0.0)[None, :]
     dy = tl.where(valid, upstream(g, v, scale, shift, mean, b, c, Y_ACT), 0.0)
-    return operand(dy, grad.dtype.element_ty)
+    return operand(dy, y.dtype.element_ty)
 
 
 # ---- moments: of short runs about one of their own values, merged by Chan's formula -------------------------------
