@@ -217,7 +217,8 @@ def _run(op, x, layers, residual, se, backend, mode, node=None, pooled=False):
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
     # Three layers: the first one expands.  Algebraic mode has no moments of it that processes could share.
     expands = len(layers) == 3 and layers[0].bn.group is None
-    choice = choose(x.device, dtype, backend, mode, x.shape[2] * x.shape[3] if expands else None)
+    expanded = (x.shape[2] * x.shape[3], x.shape[1], _trains(x, layers, se)) if expands else ()
+    choice = choose(x.device, dtype, backend, mode, *expanded)
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")
@@ -231,6 +232,17 @@ def _run(op, x, layers, residual, se, backend, mode, node=None, pooled=False):
             raw = start + node < len(layers)
             x, source = _run_node(x, layers[start : start + node], residual, se, choice, source, raw, pooled)
         return x
+
+
+def _trains(x, layers, se):
+    """Whether a gradient of a block may be asked for."""
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad:
+        return True
+    tensors = [t for layer in layers for t in (layer.weight, layer.bn.weight, layer.bn.bias)]
+    tensors += se.tensors if se is not None else ()
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _run_node(x, layers, residual, se, choice, source, raw, pooled):

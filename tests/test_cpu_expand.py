@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch_stages
 from blocks import Case, step, upstream_of
+from kinks import clear_of_kinks, clear_table
 from precision import Judge
 from test_precision import rounded
 from torch.library import opcheck
@@ -23,7 +24,6 @@ if not set(STAGES) <= backends.implemented("cpu"):
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTS = range(len(schema.ACTIVATIONS))
-KINKS = {1: (0.0,), 2: (0.0, 6.0), 3: (-3.0, 3.0)}
 # n, c, e, o, h, w: one position, one channel, tails of every kind, several strips, chunks and blocks of channels
 SIZES = [
     (1, 1, 1, 1, 1, 1),
@@ -55,18 +55,6 @@ def table(c):
     return rows
 
 
-def clear_of_kinks(u, act):
-    """What to add to each channel of u, so that no value is near a kink, where rounding would decide about a mask."""
-    if act not in KINKS:
-        return torch.zeros(u.shape[1])
-    values, kinks = u.transpose(0, 1).flatten(1), torch.tensor(KINKS[act], dtype=torch.float64)
-    offsets = torch.linspace(-0.7, 0.7, 57, dtype=torch.float64)
-    distance = (values[:, None, :, None] + offsets[:, None, None] - kinks).abs().amin((2, 3))
-    best = distance.max(1)
-    assert (best.values > 1e-4).all(), "redraw: a channel's values lie everywhere around the kink"
-    return offsets[best.indices].float()
-
-
 class Args:
     """Random arguments of every stage of algebraic mode; ``clear``: no pre-activation is near a kink."""
 
@@ -94,9 +82,8 @@ class Args:
         self.gramgrad = torch.randn(e, c + 1)
         if clear:
             _, u = reference._expanded(*widened([self.x, self.shift, self.weight, self.bn]), 0)
-            self.bn[1] += clear_of_kinks(u, act)
-            for map_, bn, a in ((self.y, self.y_bn, y_act), (self.y3, self.y3_bn, y3_act)):
-                bn[1] += clear_of_kinks(reference._normalized(map_.double(), bn.double()), a)
+            self.bn[1] += clear_of_kinks(u)
+            self.y_bn, self.y3_bn = clear_table(self.y_bn, self.y), clear_table(self.y3_bn, self.y3)
 
     def of(self, name, needs=(True, True), moments=True, residual=None):
         expand = (self.x, self.shift, self.weight, self.bn, self.act, self.depthwise, self.stride)

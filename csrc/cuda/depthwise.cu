@@ -2,7 +2,7 @@
 
 #include "combine.h"
 #include "depthwise.cuh"
-#include "launch.h"
+#include "depthwise_tiling.h"
 
 namespace mnet::cuda {
 
@@ -12,16 +12,9 @@ constexpr int64_t kMaxChunks = 2048;
 
 template <typename Traits>
 static DepthwiseTiling make_tiling(const DepthwiseParams& p) {
-  DepthwiseTiling t{};
-  t.tiles_h = static_cast<int32_t>(divide_up(p.out_h, Traits::kTileH));
-  t.tiles_w = static_cast<int32_t>(divide_up(p.out_w, Traits::kTileW));
-  t.tiles = p.n * t.tiles_h * t.tiles_w;
-  t.channel_blocks = static_cast<int32_t>(divide_up(p.c, Traits::kChannels));
-  const int64_t wanted = divide_up(kTargetBlocks, t.channel_blocks);
-  t.tiles_per_block = divide_up(t.tiles, wanted < kMaxChunks ? wanted : kMaxChunks);
-  t.chunks = t.tiles == 0 ? 0 : divide_up(t.tiles, t.tiles_per_block);
-  t.vectorized = p.c % Traits::kVec == 0 && aligned(p.x) && aligned(p.y);
-  return t;
+  DepthwiseTiling tiling = deal_tiles<Traits>(p, kTargetBlocks, kMaxChunks);
+  tiling.vectorized = p.c % Traits::kVec == 0 && aligned(p.x) && aligned(p.y);
+  return tiling;
 }
 
 // Calls f with the traits of a shape and dtype.

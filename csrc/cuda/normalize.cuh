@@ -214,12 +214,13 @@ __global__ void __launch_bounds__(NormalizeTraits<T>::kThreads, NormalizeTraits<
   for (int item = threadIdx.x; item < kTables * kVec * tiling.packs; item += Traits::kThreads) {
     const int pack = item % tiling.packs, row = item / tiling.packs;
     const int channel = place.channel + (pack - place.pack) * kVec + row % kVec;
-    float sum = 0.f;
+    double total = 0.0;  // as combine.h goes on
     MNET_UNROLL_BY(8)
     for (int lane = 0; lane < MNET_PLANT(6, tiling.lanes, tiling.lanes - 1); ++lane) {
-      sum += totals[row][lane * tiling.packs + pack];
+      total += static_cast<double>(totals[row][lane * tiling.packs + pack]);
     }
     const int table = row / kVec;
+    float sum = static_cast<float>(total);
     if (table == 0) sum /= to.divisor;
     if (channel < p.c) {
       to.out[place.segment * to.segment_stride + place.part * to.part_stride + table * to.table_stride + channel] = sum;

@@ -26,11 +26,11 @@ class StoreOutput {
   MNET_DEVICE void begin() {
     rows_ = 0;
     MNET_UNROLL
-    for (int v = 0; v < kVec; ++v) shift_[v] = sum1_[v] = sum2_[v] = 0.f;  // or registers would carry them from tile to tile
+    for (int v = 0; v < kVec; ++v) mean_[v] = m2_[v] = 0.f;
   }
   MNET_DEVICE void fetch(int, int64_t, bool) {}
 
-  MNET_DEVICE void take(int, int64_t position, bool exists, float (&y)[kVec]) {
+  MNET_DEVICE void take(int, int row, int64_t position, bool exists, float (&y)[kVec]) {
     const int valid = p_.e - column_;
     if (!exists || valid <= 0) return;
     const Words stored = words_of<T>(y);
@@ -39,13 +39,8 @@ class StoreOutput {
     store_words(static_cast<T*>(p_.y) + position * p_.e + column_, stored, valid, vectorized_);
     if (p_.moments == nullptr) return;
     MNET_UNROLL
-    for (int v = 0; v < kVec; ++v) {
-      if (rows_ == 0) shift_[v] = y[v];
-      const float d = y[v] - shift_[v];
-      sum1_[v] += d;
-      sum2_[v] = fmaf(d, d, sum2_[v]);
-    }
-    ++rows_;
+    for (int v = 0; v < kVec; ++v) welford_update(mean_[v], m2_[v], y[v], 1.f / static_cast<float>(row + 1));
+    rows_ = row + 1;
   }
 
   MNET_DEVICE void end() {
@@ -53,9 +48,8 @@ class StoreOutput {
     const float added = static_cast<float>(rows_), merged = added / (count_ + added);
     MNET_UNROLL
     for (int v = 0; v < kVec; ++v) {
-      const Moments<float> run = from_shifted(added, shift_[v], sum1_[v], sum2_[v]);
       float mean = slot(v), m2 = slot(kVec + v);
-      chan_update(mean, m2, count_, run.mean, run.m2, merged);
+      chan_update(mean, m2, count_, mean_[v], m2_[v], merged);
       slot(v) = mean;
       slot(kVec + v) = m2;
     }
@@ -69,12 +63,12 @@ class StoreOutput {
     MNET_PLANT(27, __syncthreads(), (void)0);
     const int column = threadIdx.x;
     if (column >= Traits::kColumns || block_column + column >= p_.e) return;
-    Moments<float> sum{0.f, 0.f, 0.f};
-    for_threads_of_column<Traits>(column, [&](int thread) {
-      const float* from = slots_ + thread;
-      const int v = column % kVec;
-      sum = combine(sum, Moments<float>{from[2 * kVec * Traits::kThreads], from[v * Traits::kThreads],
-                                        from[(kVec + v) * Traits::kThreads]});
+    const int v = column % kVec;
+    const Moments<float> sum = merge<float>([&](auto&& add) {
+      for_threads_of_column<Traits>(column, [&](int thread) {
+        const float* from = slots_ + thread;
+        add({from[2 * kVec * Traits::kThreads], from[v * Traits::kThreads], from[(kVec + v) * Traits::kThreads]});
+      });
     });
     float* partial = workspace + chunk * 3 * p_.e + block_column + column;
     partial[0] = sum.count;
@@ -91,7 +85,7 @@ class StoreOutput {
   float* const slots_;
   float count_;
   int rows_;  // of this tile, so far
-  float shift_[kVec], sum1_[kVec], sum2_[kVec];
+  float mean_[kVec], m2_[kVec];  // of them
 };
 
 template <typename Traits>

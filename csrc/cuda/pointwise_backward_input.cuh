@@ -47,7 +47,7 @@ class StoreGradient {
     other_[pass] = load_words(static_cast<const T*>(from) + position * p_.c + column_, valid, vectorized_);
   }
 
-  MNET_DEVICE void take(int pass, int64_t position, bool exists, float (&g)[kVec]) {
+  MNET_DEVICE void take(int pass, int, int64_t position, bool exists, float (&g)[kVec]) {
     const int valid = p_.c - column_;
     if (!exists || valid <= 0) return;
     if (p_.bn == nullptr) {

@@ -74,8 +74,8 @@ MNET_DEVICE int staged_at(int row, int quad) {
 }
 
 // Runs a block.  `operand` is that of kRows positions by the depth; WeightTile says which side of the weight the depth is.
-// `epilogue` gets, for every tile, begin(), for every 16 rows fetch(pass, position, exists) and then take(pass, position,
-// exists, v) of the 16 bytes at `position` and the thread's column, and end().
+// `epilogue` gets, for every tile, begin(), for every 16 rows fetch(pass, position, exists) and then take(pass, row, position,
+// exists, v) of the 16 bytes at `position` and the thread's column, the thread's row-th of the tile, and end().
 template <typename Traits, typename WeightTile, typename Operand, typename Epilogue>
 MNET_DEVICE void walk(const RowTiling& tiling, const Weight& weight, const Operand& operand, Epilogue& epilogue,
                       Pack<typename Traits::T>* ring) {
@@ -158,7 +158,7 @@ MNET_DEVICE void walk(const RowTiling& tiling, const Weight& weight, const Opera
           for (int k = 0; k < 4; ++k) v[quad * 4 + k] = four.lane[k];
         }
         const int at = first + pass * Traits::kRowsAtOnce;
-        epilogue.take(pass, begin + at, MNET_PLANT(26, at, at + 1) < length, v);
+        epilogue.take(pass, m * Traits::kPasses + pass, begin + at, MNET_PLANT(26, at, at + 1) < length, v);
       }
       __syncwarp();
     }
