@@ -7,6 +7,7 @@ from test_models_v2 import twins
 from torch import nn
 
 import mnet_kernels as mk
+from mnet_kernels import backends
 
 MODES = [("reference", "chain"), ("reference", "algebraic"), ("native", None)]
 CASES = [
@@ -99,14 +100,20 @@ def test_changing_the_backend_recompiles():
 
 
 @pytest.mark.slow
-def test_inductor():
-    """The default compiler once, one block, forward and backward (it needs a C++ compiler)."""
+@pytest.mark.parametrize(("backend", "mode"), [("reference", None), ("cpu", "reduce-overhead")])
+def test_inductor(backend, mode):
+    """torch's own compiler once each way, one block, forward and backward (it needs a C++ compiler).
+
+    On a CPU ``reduce-overhead`` is the default with another name; on a card it captures graphs (test_gpu.py).
+    """
+    if not backends.whole(backend, "chain"):
+        pytest.skip("the extension is not built")
     inputs = Inputs(Case(residual=True), torch.float32)
     for bn in inputs.bns:
         bn.reset_running_stats()
-    with mk.backend("reference", "chain"):
+    with mk.backend(backend, "chain"):
         want = gradients(inputs, inputs.call)
-        got = gradients(inputs, torch.compile(inputs.call, fullgraph=True))
+        got = gradients(inputs, torch.compile(inputs.call, fullgraph=True, mode=mode))
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-3, msg=name)
 

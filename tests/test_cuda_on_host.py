@@ -24,6 +24,7 @@ from test_ctest import BUILD, COMPILERS, ROOT, run
 from test_models_v2 import NARROW, training_step, twins
 from test_stages import UTILS, sample
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mnet_kernels as mk
 from mnet_kernels import backends, choice, schema, stages
@@ -283,6 +284,50 @@ def test_block(case, dtype, monkeypatch):
     monkeypatch.setattr(test_precision, "DRAWS", 8)
     storage = dtype or torch.float32
     test_precision.judge(lambda: test_precision.rounded(case, storage), storage, dtype)
+
+
+def frozen(*both):
+    for inputs in both:
+        for bn in inputs.bns:
+            bn.eval()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_block_in_eval_mode(case, dtype, monkeypatch):
+    """The same with running statistics: output and every gradient."""
+    monkeypatch.setattr(test_precision, "fused_modes", lambda *args, **kwargs: [("cuda", "chain")])
+    monkeypatch.setattr(test_precision, "DRAWS", 5)
+    storage = dtype or torch.float32
+    test_precision.judge(lambda: test_precision.rounded(case, storage), storage, dtype, frozen)
+
+
+class Calls(TorchDispatchMode):
+    """Whether each convolution stage was asked for moments."""
+
+    def __init__(self):
+        super().__init__()
+        self.moments = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mnet_cuda" and func._schema.arguments[-1].name == "moments":
+            self.moments.setdefault(func._opname, []).append(args[-1])
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("mode", ["chain", "algebraic"])
+def test_moments_are_of_training_alone(mode, training):
+    """Eval mode runs the same kernels with batch norm folded into scale and shift, and their moments off."""
+    inputs = Inputs(Case(residual=True, excite=True), torch.float32)
+    if not training:
+        frozen(inputs)
+    with torch.no_grad(), mk.backend("cuda", mode), Calls() as calls:
+        inputs.call()
+    first = {"pointwise": [training] * 2, "depthwise": [training]}
+    if mode == "algebraic":
+        first = {"expand_depthwise": [training], "pointwise": [training]}
+    assert calls.moments == first
 
 
 def test_block_runs_its_own_stages():

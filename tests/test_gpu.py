@@ -266,6 +266,33 @@ def test_block_in_a_graph(mode):
 
 @pytest.mark.gpu
 @NO_CARD
+@pytest.mark.parametrize(("backend", "mode"), block_modes())
+def test_reduce_overhead(backend, mode):
+    """torch.compile's own CUDA graphs: training steps with moving running statistics as without a compiler."""
+    inputs = Inputs(Case(residual=True, n=4, c=16, e=48, h=14, w=14), torch.float32, "cuda")
+    twin = Inputs(inputs.case, torch.float32, "cuda")
+    with torch.no_grad():
+        for a, b in zip(inputs.leaves.values(), twin.leaves.values(), strict=True):
+            b.copy_(a)
+    upstream = torch.randn_like(inputs.x)
+    with mk.backend(backend, mode):
+        compiled = torch.compile(inputs.call, fullgraph=True, mode="reduce-overhead")
+        for _ in range(4):  # compiled, warmed up, captured, replayed
+            torch.compiler.cudagraph_mark_step_begin()
+            pairs = []
+            for call, leaves in ((compiled, inputs.leaves), (twin.call, twin.leaves)):
+                out = call()
+                grads = torch.autograd.grad(out, list(leaves.values()), upstream)
+                pairs.append([t.detach().clone() for t in (out, *grads)])
+            for got, want in zip(*pairs, strict=True):
+                torch.testing.assert_close(got, want)
+    for a, b in zip(inputs.bns, twin.bns, strict=True):
+        for (name, got), expected in zip(a.named_buffers(), b.buffers(), strict=True):
+            torch.testing.assert_close(got, expected, msg=name)
+
+
+@pytest.mark.gpu
+@NO_CARD
 @pytest.mark.parametrize(("backend", "stage"), STAGES)
 def test_stage_on_another_device(backend, stage):
     """The current device is not the input's: the kernel must run on the input's."""

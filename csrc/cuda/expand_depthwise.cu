@@ -7,14 +7,6 @@
 
 namespace mnet::cuda {
 
-// An ESTIMATE, measured on no card yet: several waves of blocks on any card, and several tiles for each weight that a block
-// reads (8 KiB, where a tile of x has 2 to 12).
-constexpr int64_t kExpandTargetBlocks = 4096;
-#if !defined(MNET_EXPAND_MAX_CHUNKS)  // the tests' blocks walk over several tiles of small maps
-#define MNET_EXPAND_MAX_CHUNKS 2048
-#endif
-constexpr int64_t kExpandMaxChunks = MNET_EXPAND_MAX_CHUNKS;
-
 // Calls f with the traits of a shape and dtype.
 template <typename F>
 static auto with_expand(const DepthwiseParams& p, Dtype dtype, bool tf32, F&& f) {
@@ -38,25 +30,26 @@ static int64_t expand_weight_bytes(const ExpandDepthwiseParams& p, Dtype dtype) 
 }
 
 template <typename Traits>
-static DepthwiseTiling deal_expanded(const DepthwiseParams& p) {
-  DepthwiseTiling tiling = deal_tiles<Traits>(p, kExpandTargetBlocks, kExpandMaxChunks);
+static DepthwiseTiling deal_expanded(const DepthwiseParams& p, const Tile& tile) {
+  DepthwiseTiling tiling = deal_tiles<Traits>(p, tile);
   tiling.vectorized = p.c % Traits::kVec == 0 && aligned(p.y);
   return tiling;
 }
 
-int64_t expand_depthwise_workspace(const ExpandDepthwiseParams& p, Dtype dtype) {
+int64_t expand_depthwise_workspace(const ExpandDepthwiseParams& p, Dtype dtype, const Tile& tile) {
   const int64_t weight = expand_weight_bytes(p, dtype);
   if (p.depthwise.moments == nullptr) return weight;
   return with_expand(p.depthwise, dtype, true, [&](auto traits) {  // float32's two kernels deal tiles alike
-    return weight + deal_expanded<decltype(traits)>(p.depthwise).chunks * 3 * p.depthwise.c * int64_t{sizeof(float)};
+    return weight + deal_expanded<decltype(traits)>(p.depthwise, tile).chunks * 3 * p.depthwise.c * int64_t{sizeof(float)};
   });
 }
 
 template <typename Traits>
-static cudaError_t launch_expand(const ExpandDepthwiseParams& p, Dtype dtype, void* workspace, cudaStream_t stream) {
+static cudaError_t launch_expand(const ExpandDepthwiseParams& p, Dtype dtype, const Tile& tile, void* workspace,
+                                 cudaStream_t stream) {
   using T = typename Traits::T;
   static_assert(Traits::kMaxChannels == kMaxExpandSource, "what the launcher promises");
-  const DepthwiseTiling tiling = deal_expanded<Traits>(p.depthwise);
+  const DepthwiseTiling tiling = deal_expanded<Traits>(p.depthwise, tile);
   const int64_t packed = expand_weight_bytes(p, dtype);
   auto* const partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + packed);
   if (tiling.chunks > 0) {
@@ -77,10 +70,11 @@ static cudaError_t launch_expand(const ExpandDepthwiseParams& p, Dtype dtype, vo
   return combine_moments(partials, tiling.chunks, p.depthwise.c, p.depthwise.moments, stream);
 }
 
-cudaError_t expand_depthwise(const ExpandDepthwiseParams& p, Dtype dtype, bool tf32, void* workspace, cudaStream_t stream) {
+cudaError_t expand_depthwise(const ExpandDepthwiseParams& p, Dtype dtype, const Tile& tile, bool tf32, void* workspace,
+                             cudaStream_t stream) {
   if (p.expand.c > kMaxExpandSource) return cudaErrorInvalidValue;
   return with_expand(p.depthwise, dtype, tf32,
-                     [&](auto traits) { return launch_expand<decltype(traits)>(p, dtype, workspace, stream); });
+                     [&](auto traits) { return launch_expand<decltype(traits)>(p, dtype, tile, workspace, stream); });
 }
 
 }  // namespace mnet::cuda

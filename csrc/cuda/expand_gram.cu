@@ -5,13 +5,8 @@
 
 namespace mnet::cuda {
 
-// An ESTIMATE, measured on no card yet: two waves of two blocks on each of 132 SMs; and tables of partial sums that are
-// little to write and read beside x.
-constexpr int64_t kGramChunks = 528;
-constexpr int64_t kFewestGramTiles = 4;
-
 template <typename T>
-static GramTiling deal_positions(const GramParams& p) {
+static GramTiling deal_positions(const GramParams& p, const Tile& tile) {
   GramTiling t{};
   t.packs = static_cast<int32_t>(divide_up(p.c, Pack<T>::kSize));
   t.row_step = GramTraits::kThreads / t.packs;
@@ -21,25 +16,25 @@ static GramTiling deal_positions(const GramParams& p) {
   t.triangle = blocks * (blocks + 1) / 2;
   t.groups = GramTraits::kThreads / t.triangle;
   const int64_t tiles = divide_up(p.positions, t.rows);
-  const int64_t per_chunk = divide_up(tiles, kGramChunks);
-  t.run = (per_chunk > kFewestGramTiles ? per_chunk : kFewestGramTiles) * t.rows;
+  const int64_t per_chunk = divide_up(tiles, tile.blocks);
+  t.run = larger(per_chunk, tile.least) * t.rows;
   t.chunks = divide_up(p.positions, t.run);
   t.vectorized = p.c % Pack<T>::kSize == 0 && aligned(p.x);
   return t;
 }
 
-int64_t gram_workspace(const GramParams& p, Dtype dtype) {
+int64_t gram_workspace(const GramParams& p, Dtype dtype, const Tile& tile) {
   return with_storage(dtype, [&](auto zero) {
-    const GramTiling t = deal_positions<decltype(zero)>(p);
+    const GramTiling t = deal_positions<decltype(zero)>(p, tile);
     return t.chunks * t.pitch * (int64_t{sizeof(double)} + t.pitch * int64_t{sizeof(float)});
   });
 }
 
-cudaError_t gram(const GramParams& p, Dtype dtype, void* workspace, cudaStream_t stream) {
+cudaError_t gram(const GramParams& p, Dtype dtype, const Tile& tile, void* workspace, cudaStream_t stream) {
   if (p.c > kMaxGramChannels) return cudaErrorInvalidValue;
   return with_storage(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const GramTiling t = deal_positions<T>(p);
+    const GramTiling t = deal_positions<T>(p, tile);
     auto* const means = static_cast<double*>(workspace);
     auto* const products = reinterpret_cast<float*>(means + t.chunks * t.pitch);
     if (t.chunks > 0) {

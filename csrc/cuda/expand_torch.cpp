@@ -22,12 +22,13 @@ static void check_width(const char* op, const at::Tensor& x, int64_t most) {
 
 static at::Tensor gram_op(const at::Tensor& x) {
   const c10::cuda::CUDAGuard guard(x.device());
-  check_device("gram", x.device());
+  const int architecture = check_device("gram", x.device());
   check_width("gram", x, kMaxGramChannels);
   const GramCall call = prepare_gram(x);
-  const at::Tensor workspace = at::empty({gram_workspace(call.params, call.dtype)}, x.options().dtype(at::kByte));
+  const Tile tile = choose_tile(Kernel::kGram, call.dtype, call.params.c, architecture);
+  const at::Tensor workspace = at::empty({gram_workspace(call.params, call.dtype, tile)}, x.options().dtype(at::kByte));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-  check_launch("gram", gram(call.params, call.dtype, workspace.mutable_data_ptr(), stream));
+  check_launch("gram", gram(call.params, call.dtype, tile, workspace.mutable_data_ptr(), stream));
   return call.gram;
 }
 
@@ -48,14 +49,15 @@ static std::tuple<at::Tensor, at::Tensor> expand_depthwise_op(const at::Tensor& 
                                                               bool moments) {
   constexpr auto kOp = "expand_depthwise";
   const c10::cuda::CUDAGuard guard(x.device());
-  check_device(kOp, x.device());
+  const int architecture = check_device(kOp, x.device());
   check_width(kOp, x, kMaxExpandSource);
   const ExpandDepthwiseCall call = prepare_expand_depthwise(x, shift, expand_weight, bn, act, weight, stride, moments);
+  const Tile tile = choose_tile(Kernel::kExpandDepthwise, call.dtype, call.params.depthwise.c, architecture);
   const bool tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);  // as torch's convolution asks
-  const int64_t bytes = expand_depthwise_workspace(call.params, call.dtype);
+  const int64_t bytes = expand_depthwise_workspace(call.params, call.dtype, tile);
   const at::Tensor workspace = at::empty({bytes}, x.options().dtype(at::kByte));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-  check_launch(kOp, expand_depthwise(call.params, call.dtype, tf32, workspace.mutable_data_ptr(), stream));
+  check_launch(kOp, expand_depthwise(call.params, call.dtype, tile, tf32, workspace.mutable_data_ptr(), stream));
   return {call.y, call.moments};
 }
 

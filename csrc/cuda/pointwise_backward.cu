@@ -31,21 +31,22 @@ static int sums_rows(const PointwiseBackwardParams& p) { return p.gate == nullpt
 
 // The image table's partials are of one image each.
 template <typename Traits>
-static RowTiling input_tiling(const PointwiseBackwardParams& p) {
+static RowTiling input_tiling(const PointwiseBackwardParams& p, const Tile& tile) {
   const bool by_image = p.gate != nullptr && p.sums != nullptr;
-  return by_image ? deal_rows<Traits>(p.images, p.image_positions, p.c) : deal_rows<Traits>(1, p.positions(), p.c);
+  return by_image ? deal_rows<Traits>(p.images, p.image_positions, p.c, tile)
+                  : deal_rows<Traits>(1, p.positions(), p.c, tile);
 }
 
 template <typename Traits>
-static WeightTiling weight_tiling(const PointwiseBackwardParams& p) {
+static WeightTiling weight_tiling(const PointwiseBackwardParams& p, const Tile& tile) {
   WeightTiling t{};
   t.positions = p.positions();
   t.blocks_c = static_cast<int32_t>(divide_up(p.c, Traits::kSize));
   t.blocks_e = static_cast<int32_t>(divide_up(p.e, Traits::kSize));
   const int64_t slots = divide_up(t.positions, Traits::kDepth), blocks = int64_t{t.blocks_c} * t.blocks_e;
-  const int64_t runs = smaller(kMaxRuns, divide_up(kTargetWeightBlocks, blocks));
-  const int64_t longest = kLongestRun / Traits::kDepth, shortest = smaller(slots, kFewestWeightSlots);
-  const int64_t wanted = divide_up(slots, runs) < shortest ? shortest : divide_up(slots, runs);
+  const int64_t runs = smaller(tile.runs, divide_up(tile.blocks, blocks));
+  const int64_t longest = kLongestRun / Traits::kDepth, shortest = smaller(slots, tile.least);
+  const int64_t wanted = larger(divide_up(slots, runs), shortest);
   const int64_t slots_per_run = smaller(wanted, longest);
   t.run = slots_per_run * Traits::kDepth;
   t.runs = slots == 0 ? 0 : divide_up(slots, slots_per_run);
@@ -57,23 +58,25 @@ struct Layout {
   int64_t weight, sums, dw;  // sizes
 };
 
-static Layout layout(const PointwiseBackwardParams& p, Dtype dtype) {
+static Layout layout(const PointwiseBackwardParams& p, Dtype dtype, const PointwiseBackwardTiles& tiles) {
   Layout l{};
   if (wants_input(p)) l.weight = packed_weight_bytes(p.weight, p.weight_stride_e, p.weight_stride_c, p.e, p.c, dtype);
   if (p.sums != nullptr) {
     // float32's two tiles deal positions alike.
-    const int64_t chunks = with_gradient(dtype, true, p.c, [&](auto t) { return input_tiling<decltype(t)>(p).chunks; });
+    const int64_t chunks =
+        with_gradient(dtype, true, tiles.input, [&](auto t) { return input_tiling<decltype(t)>(p, tiles.input).chunks; });
     l.sums = divide_up(chunks * sums_rows(p) * p.c, 4) * 16;
   }
   if (p.dw != nullptr) {
-    const int64_t runs = with_weight_gradient(dtype, true, [&](auto t) { return weight_tiling<decltype(t)>(p).runs; });
+    const int64_t runs =
+        with_weight_gradient(dtype, true, [&](auto t) { return weight_tiling<decltype(t)>(p, tiles.weight).runs; });
     l.dw = runs == 1 ? 0 : runs * p.e * p.c * static_cast<int64_t>(sizeof(float));
   }
   return l;
 }
 
-int64_t pointwise_backward_workspace(const PointwiseBackwardParams& p, Dtype dtype) {
-  const Layout l = layout(p, dtype);
+int64_t pointwise_backward_workspace(const PointwiseBackwardParams& p, Dtype dtype, const PointwiseBackwardTiles& tiles) {
+  const Layout l = layout(p, dtype, tiles);
   return l.weight + l.sums + l.dw;
 }
 
@@ -90,8 +93,9 @@ static UpstreamSource upstream(const PointwiseBackwardParams& p) {
 }
 
 template <typename Traits>
-static cudaError_t launch_input(const PointwiseBackwardParams& p, const Weight& weight, float* partials, cudaStream_t stream) {
-  const RowTiling tiling = input_tiling<Traits>(p);
+static cudaError_t launch_input(const PointwiseBackwardParams& p, const Tile& tile, const Weight& weight, float* partials,
+                                cudaStream_t stream) {
+  const RowTiling tiling = input_tiling<Traits>(p, tile);
   if (tiling.chunks > 0) {
     const bool vectorized = p.c % Traits::kVec == 0 && (p.gx == nullptr || aligned(p.gx)) && aligned(p.x) &&
                             (p.residual == nullptr || aligned(p.residual));
@@ -111,9 +115,9 @@ static cudaError_t launch_input(const PointwiseBackwardParams& p, const Weight& 
 }
 
 template <typename Traits>
-static cudaError_t launch_weight(const PointwiseBackwardParams& p, float* partials, cudaStream_t stream) {
+static cudaError_t launch_weight(const PointwiseBackwardParams& p, const Tile& tile, float* partials, cudaStream_t stream) {
   using T = typename Traits::T;
-  const WeightTiling tiling = weight_tiling<Traits>(p);
+  const WeightTiling tiling = weight_tiling<Traits>(p, tile);
   float* const to = tiling.runs == 1 ? p.dw : partials;
   if (tiling.runs > 0) {
     const ActivatedSource activated{p.x, p.bn, p.gate, Images(p.image_positions), p.c, p.act,
@@ -129,22 +133,24 @@ static cudaError_t launch_weight(const PointwiseBackwardParams& p, float* partia
   return combine_sums({partials, 1, tiling.runs, int64_t{p.e} * p.c, p.e, p.c, p.dw, 0, p.c, 1}, stream);
 }
 
-cudaError_t pointwise_backward(const PointwiseBackwardParams& p, Dtype dtype, bool tf32, void* workspace, cudaStream_t stream) {
-  const Layout l = layout(p, dtype);
+cudaError_t pointwise_backward(const PointwiseBackwardParams& p, Dtype dtype, const PointwiseBackwardTiles& tiles, bool tf32,
+                               void* workspace, cudaStream_t stream) {
+  const Layout l = layout(p, dtype, tiles);
   char* const sums = static_cast<char*>(workspace) + l.weight;
   if (wants_input(p)) {
-    const cudaError_t error = with_gradient(dtype, tf32, p.c, [&](auto traits) {
+    const cudaError_t error = with_gradient(dtype, tf32, tiles.input, [&](auto traits) {
       using Traits = decltype(traits);
       Weight weight{};
       const cudaError_t status = prepare_weight<typename Traits::T>(p.weight, p.weight_stride_e, p.weight_stride_c, p.e, p.c,
                                                                     l.weight, workspace, stream, weight);
-      return status != cudaSuccess ? status : launch_input<Traits>(p, weight, reinterpret_cast<float*>(sums), stream);
+      if (status != cudaSuccess) return status;
+      return launch_input<Traits>(p, tiles.input, weight, reinterpret_cast<float*>(sums), stream);
     });
     if (error != cudaSuccess) return error;
   }
   if (p.dw == nullptr) return cudaSuccess;
   return with_weight_gradient(dtype, tf32, [&](auto traits) {
-    return launch_weight<decltype(traits)>(p, reinterpret_cast<float*>(sums + l.sums), stream);
+    return launch_weight<decltype(traits)>(p, tiles.weight, reinterpret_cast<float*>(sums + l.sums), stream);
   });
 }
 

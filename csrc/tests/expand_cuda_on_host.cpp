@@ -2,7 +2,6 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define MNET_EXPAND_MAX_CHUNKS 2
 #include "../cuda/combine.cu"  // the launchers themselves, their launches replaced
 #include "../cuda/expand_depthwise.cu"
 #include "../cuda/expand_finalize.cu"
@@ -55,8 +54,9 @@ void gram(ExpandProblem& problem, const std::string& label) {
   problem.check_gram(under_all_schedules(label + ", gram", problem.in < 4000, [&] {
     std::vector<float> table((s.c + 2) * s.c, -1.f);
     const GramParams p{problem.x.data(), table.data(), problem.in, s.c};
-    const auto workspace = allocate(cuda::gram_workspace(p, problem.dtype));
-    run(cuda::gram(p, problem.dtype, workspace.get(), nullptr));
+    const cuda::Tile tile = cuda::choose_tile(cuda::Kernel::kGram, problem.dtype, s.c, 80);
+    const auto workspace = allocate(cuda::gram_workspace(p, problem.dtype, tile));
+    run(cuda::gram(p, problem.dtype, tile, workspace.get(), nullptr));
     return table;
   }));
 }
@@ -76,12 +76,14 @@ void forward(ExpandProblem& problem, const ExpandCase& shape, bool tf32, const s
   p.depthwise.y = to.data();
   std::vector<float> moments(2 * s.e);
   const bool small = problem.in * s.e * s.c < 300000;
+  cuda::Tile tile = cuda::choose_tile(cuda::Kernel::kExpandDepthwise, problem.dtype, s.e, 80);
+  tile.runs = 2;  // blocks walk over several tiles of small maps
   under_all_schedules(label, small, [&] {
     std::fill(moments.begin(), moments.end(), -1.f);
     for (int64_t i = 0; i < problem.out * s.e; ++i) to.set(i, std::nan(""));
     p.depthwise.moments = moments.data();
-    const auto workspace = allocate(cuda::expand_depthwise_workspace(p, problem.dtype));
-    run(cuda::expand_depthwise(p, problem.dtype, tf32, workspace.get(), nullptr));
+    const auto workspace = allocate(cuda::expand_depthwise_workspace(p, problem.dtype, tile));
+    run(cuda::expand_depthwise(p, problem.dtype, tile, tf32, workspace.get(), nullptr));
     std::vector<double> everything(moments.begin(), moments.end());
     for (int64_t i = 0; i < problem.out * s.e; ++i) everything.push_back(to.get(i));
     return everything;
