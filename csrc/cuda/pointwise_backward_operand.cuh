@@ -59,7 +59,7 @@ struct Upstream {
           const Pack<T>& y = reinterpret_cast<const Pack<T>&>(Mine::words(tile + Tile::kPacks, u));
           float upper[4];
           if (s.offset != nullptr) {
-            const int64_t image = s.images.of(MNET_PLANT(4, position + Mine::row(u), position));
+            const int64_t image = s.images.of(MNET_PLANT(12, position + Mine::row(u), position));
             load_table(s.offset + image * s.e + channel + quad * 4, left, s.vectorized, upper);
           } else {
             MNET_UNROLL
@@ -70,7 +70,7 @@ struct Upstream {
             const float value = to_float(y.lane[quad * 4 + k]);
             const float g = upper[k] * decltype(act)::bwd(fmaf(scale[k], value, shift[k]));
             const float dy = fmaf(scale[k], g, fmaf(b[k], value - mean[k], c[k]));
-            grad.lane[quad * 4 + k] = from_float<T>(k < MNET_PLANT(2, left, left - 1) ? dy : 0.f);
+            grad.lane[quad * 4 + k] = from_float<T>(k < MNET_PLANT(11, left, left - 1) ? dy : 0.f);
           }
         }
       }
