@@ -205,6 +205,15 @@ def _options(row):
     return {"num_warps": row.warps, "num_stages": row.stages, **FIXED}
 
 
+def wgrad_row(row, gated, pooled):
+    """The table's row for a weight gradient with a gate, an offset, or both.
+
+    Their float32 values are copied ahead as the maps are: with both, three stages need more shared memory than the
+    99 KiB that a block has on 8.6 and 8.9.
+    """
+    return row._replace(stages=min(row.stages, 2)) if gated and pooled else row
+
+
 def _check_input(x, weight, bn, act, gate, outputs):
     check_map("x", x)
     n, channels = x.shape[:2]
@@ -296,6 +305,7 @@ def _wgrad(grad, y, y_bn, coef, offset, y_act, x, bn, act, gate):
     _, channels, h, w = x.shape
     outputs = y.shape[1]
     row = config("pointwise_wgrad", configs.width_class(channels, outputs), x)
+    row = wgrad_row(row, gate is not None, offset is not None)
     blocks = triton.cdiv(outputs, row.rows) * triton.cdiv(channels, row.columns)
     cut = chunks(1, positions(x), row.depth, blocks, capability(x))
     if cut.rows > MAX_RUN:
