@@ -13,6 +13,7 @@ MODES = [("reference", "chain"), ("reference", "algebraic"), ("native", None)]
 CASES = [
     Case("depthwise_conv_bn_act", stride=2),
     Case("pointwise_conv_bn_act"),
+    Case("pointwise_conv_bn_act_pool"),
     Case("separable_conv", activation="hardswish"),
     Case(residual=True),
     Case(excite=True, activation="hardswish", kernel=5),

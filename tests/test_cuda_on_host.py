@@ -268,6 +268,7 @@ def test_what_algebraic_stages_refuse(algebraic):
 BLOCKS = [
     Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", n=2, c=21, h=15, w=11),
     Case("pointwise_conv_bn_act", n=1, c=17, o=9, h=13, w=7),
+    Case("pointwise_conv_bn_act_pool", activation="hardswish", n=3, c=17, o=21, h=5, w=7),
     Case("separable_conv", stride=2, n=2, c=24, o=40, h=14, w=14),
     Case(residual=True, n=2, c=16, e=40, h=14, w=14),
     Case(residual=True, excite=True, activation="silu", n=2, c=13, e=37, h=9, w=9),
