@@ -11,7 +11,7 @@ import measure
 import torch
 from session import NO_GPU, Session
 
-from mnet_kernels.bench import BenchError
+from mnet_kernels.bench import BenchError, tiles
 from mnet_kernels.models import MODELS
 
 PHASES = {
@@ -46,6 +46,8 @@ def build_parser():
     add("--resolution", type=int, metavar="PX", help="default: 224, on the CPU 32")
     add("--amp", choices=("off", "bf16", "fp16"), help="default: bf16, on the CPU off")
     add("--seconds", type=float, metavar="S", help="of timed rounds a row group (default: 1, on the CPU 0.05)")
+    spec = "a row before those of the CUDA kernels' tile table: KERNEL:name=value,... (again for more)"
+    add("--tile", action="append", default=[], metavar="SPEC", help=spec)
     return parser
 
 
@@ -58,6 +60,12 @@ def main(argv=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"{args.phase}: no CUDA card here (torch {torch.__version__} sees none): nothing was run")
         return NO_GPU
+    try:
+        if args.tile:
+            tiles.override(args.tile)
+    except BenchError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
     session = Session(args)
     try:
         PHASES[args.phase](session)

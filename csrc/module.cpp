@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/capability.h"
+#include "module_tiles.h"
 #if defined(MNET_WITH_CUDA)
 #include "cuda/toolkit.h"
 #endif
@@ -49,4 +50,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What this extension was built with: torch, compiler, cuda (None without), arch_list (e.g. [800, 900]), openmp; "
         "and cpu_capability, the instruction set chosen on this machine.");
+  m.def("tiles", &mnet::tiles, "The rows of the CUDA kernels' tile table, overrides first; the first that fits is taken.");
+  m.def("override_tiles", &mnet::override_tiles,
+        "Replace the overrides by these rows (dicts as tiles() gives them).  Not while another thread calls a kernel.");
 }

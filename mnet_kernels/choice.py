@@ -135,7 +135,7 @@ def least_positions(backend, dtype):
     return _THRESHOLDS.get((backend, dtype), NEVER)
 
 
-def choose(device, dtype, backend=None, mode=None, positions=None):
+def choose(device, dtype, backend=None, mode=None, positions=None, channels=1, trains=True):
     """Pick backend and mode for a call, and say it once.
 
     Args:
@@ -143,6 +143,8 @@ def choose(device, dtype, backend=None, mode=None, positions=None):
         backend, mode: asked for by the call or module; None if it leaves the choice open.
         positions: H*W of the input of an op that has an expanded tensor, which algebraic mode can do without; None for
             an op that has not.
+        channels: of the input of such an op.
+        trains: whether a gradient may be asked for: without one, algebraic mode needs its forward stages only.
 
     Raises:
         BackendUnavailableError: a backend named explicitly cannot run here.
@@ -160,7 +162,9 @@ def choose(device, dtype, backend=None, mode=None, positions=None):
     elif mode == "auto":
         # compared here, not in the constant `decide`: Dynamo then guards on it, once, whatever sizes follow
         mode = "auto" if positions >= _least_of(device.type, dtype) else "chain"
-    choice = decide(name, who, device, dtype, mode)
+    # as a flag, for the same reason
+    wide = channels > backends.WIDEST.get(name, NEVER)
+    choice = decide(name, who, device, dtype, mode, wide, trains)
     if not torch.compiler.is_compiling() and say_once(choice.message, choice.level):
         say_once(compiled.describe())
     return choice
@@ -197,12 +201,13 @@ _least_of._dynamo_marked_constant = True  # see `decide`
 
 # Its result depends on its arguments and on the installation alone, so a traced graph may hold it as a constant; what
 # was asked for is resolved outside, where Dynamo guards on it.
-def decide(name, who, device, dtype, mode):
+def decide(name, who, device, dtype, mode, wide, trains):
     """The choice for one request, device and dtype (``choose`` without the asking).
 
-    Mode ``auto`` is algebraic where the backend measured faster with it and has it whole, else chain.
+    Mode ``auto`` is algebraic where the backend measured faster with it and can run the block in it, else chain; so is
+    mode ``algebraic`` where the backend has chain mode alone for the block, and that is said.
     """
-    return _decide(name, who, device, dtype, mode)
+    return _decide(name, who, device, dtype, mode, wide, trains)
 
 
 # All that torch.compiler.assume_constant_result does, but it imports Dynamo first: two seconds for every user.
@@ -210,24 +215,27 @@ decide._dynamo_marked_constant = True
 
 
 @functools.lru_cache(maxsize=1024)
-def _decide(name, who, device, dtype, mode):
-    found = _find(name, who, device, dtype, mode)
+def _decide(name, who, device, dtype, mode, wide, trains):
+    found = _find(name, who, device, dtype, mode, wide, trains)
     return found._replace(stem=found.backend != "native" and backends.has_stem(found.backend))
 
 
-def _find(name, who, device, dtype, mode):
+def _find(name, who, device, dtype, mode, wide, trains):
     if name == "native":
         return _native(who, device, logging.INFO)
     if name == "auto":
-        return _automatic(device, dtype, mode)
-    mode = _mode_of(name, dtype, mode)
+        return _automatic(device, dtype, mode, trains)
+    mode, refused = _mode_of(name, dtype, mode, wide, trains)
     why = backends.why_unavailable(name, device)
     if why:
         raise BackendUnavailableError(f"backend {name!r} was asked for ({who}) but cannot run: {why}")
     if name != "reference" and dtype not in backends.FUSED_DTYPES:
         why = f"backend {name!r} has no {dtype} kernels (float32, bfloat16 and float16 only)"
         return _native(why, device, logging.WARNING)
-    lacking = backends.missing_stages(name, mode)
+    if refused:
+        message = f"running backend {name!r}, mode {mode!r} ({who}): mode 'algebraic' was asked for, but {refused}"
+        return Choice(name, mode, who, message, logging.WARNING)
+    lacking = backends.missing_stages(name, mode, trains)
     if lacking:
         names = ", ".join(lacking)
         message = f"running backend {name!r}, mode {mode!r} ({who}), but these stages on the slow reference: {names}"
@@ -235,29 +243,35 @@ def _find(name, who, device, dtype, mode):
     return Choice(name, mode, who, f"running backend {name!r}, mode {mode!r} ({who})", logging.INFO)
 
 
-def _mode_of(backend, dtype, mode):
-    if mode != "auto":
-        return mode
-    return "algebraic" if (backend, dtype) in _THRESHOLDS and backends.whole(backend, "algebraic") else "chain"
+def _mode_of(backend, dtype, mode, wide, trains):
+    """The mode a backend runs a block in, and why it is not the algebraic one that was asked for, if so."""
+    if mode == "chain":
+        return mode, None
+    refused = backends.why_not_algebraic(backend, wide, trains)
+    if mode == "algebraic":
+        return ("chain", refused) if refused else (mode, None)
+    return "algebraic" if (backend, dtype) in _THRESHOLDS and refused is None else "chain", None
 
 
 def _native(reason, device, level):
     return Choice("native", None, reason, f"running native torch ops on {device.type}: {reason}", level)
 
 
-def _automatic(device, dtype, mode):
+def _automatic(device, dtype, mode, trains=True):
     if dtype not in backends.FUSED_DTYPES:
         return _native(f"no fused backend takes {dtype}", device, logging.WARNING)
     reasons = []
     for name in PREFERENCE.get(device.type, ()):
-        own = _mode_of(name, dtype, mode)
-        why = backends.why_unavailable(name, device)
-        if why is None and not backends.whole(name, own):
-            why = f"no kernel yet for {', '.join(backends.missing_stages(name, own))}"
+        own, refused = _mode_of(name, dtype, mode, False, trains)  # none of PREFERENCE is in backends.WIDEST
+        why, lacking = backends.why_unavailable(name, device), backends.missing_stages(name, own, trains)
+        if why is None and lacking:
+            why = f"no kernel yet for {', '.join(lacking)}"
         if why is None:
             reason = f"the first backend for {device.type} that has every stage of mode {own!r}"
             if mode == "auto":
                 reason += ", and the mode that measured faster on maps of this size"
+            if refused:
+                reason += f", for of mode 'algebraic', {refused}"
             return Choice(name, own, reason, f"running backend {name!r}, mode {own!r}: {reason}", logging.INFO)
         reasons.append(f"{name}: {why}")
     by_name = [name for name in BY_NAME.get(device.type, ()) if backends.why_unavailable(name, device) is None]

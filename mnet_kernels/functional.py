@@ -30,6 +30,7 @@ __all__ = [
     "depthwise_conv_bn_act",
     "inverted_residual",
     "pointwise_conv_bn_act",
+    "pointwise_conv_bn_act_pool",
     "separable_conv",
     "separable_sequence",
     "squeeze_excite",
@@ -69,6 +70,22 @@ def pointwise_conv_bn_act(x, weight, bn, *, activation="relu6", backend=None, mo
     """
     layers = (ConvBNAct("pointwise", weight, bn, activation),)
     return _run("pointwise_conv_bn_act", x, layers, False, None, backend, mode)
+
+
+def pointwise_conv_bn_act_pool(x, weight, bn, *, activation="relu6", backend=None, mode=None):
+    """Mean over H and W of act(BN(1x1 convolution of x)): what MobileNetV2 and V3 end with before the classifier
+    (Sandler et al. 2018, table 2; Howard et al. 2019, figure 5).
+
+    The activated map, and in the backward pass its gradient, are never written.
+
+    Args:
+        x, weight, bn, activation, backend, mode: as for :func:`pointwise_conv_bn_act`.
+
+    Returns:
+        [N, O] in x's dtype (the autocast dtype under autocast).
+    """
+    layers = (ConvBNAct("pointwise", weight, bn, activation),)
+    return _run("pointwise_conv_bn_act_pool", x, layers, False, None, backend, mode, pooled=True)
 
 
 def stem_conv_bn_act(x, weight, bn, *, stride=2, activation="relu6", backend=None, mode=None):
@@ -218,18 +235,21 @@ def _compute_dtype(x):
     return x.dtype
 
 
-def _run(op, x, layers, residual, se, backend, mode, nodes=None):
-    """``nodes``: of how many layers each autograd node of the fused path consists (None: one of all)."""
+def _run(op, x, layers, residual, se, backend, mode, nodes=None, pooled=False):
+    """``nodes``: of how many layers each autograd node of the fused path consists (None: one of all).  ``pooled``: the
+    mean over H and W of what comes out, [N, C]."""
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
     # Three layers: the first one expands.  Algebraic mode has no moments of it that processes could share.
     expands = len(layers) == 3 and layers[0].kind == "pointwise" and layers[0].bn.group is None
-    choice = choose(x.device, dtype, backend, mode, x.shape[2] * x.shape[3] if expands else None)
+    expanded = (x.shape[2] * x.shape[3], x.shape[1], _trains(x, layers, se)) if expands else ()
+    choice = choose(x.device, dtype, backend, mode, *expanded)
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")
-        return native.block(x, layers, residual, se)
+        out = native.block(x, layers, residual, se)
+        return native.pool(out) if pooled else out
     if layers[0].kind == "dense" and not _fuses_stem(x, layers[0], choice, backend):
         note("native::stem_conv_bn_act")
         x, layers, nodes = native.block(x, layers[:1], False, None), layers[1:], nodes and nodes[1:]
@@ -242,7 +262,7 @@ def _run(op, x, layers, residual, se, backend, mode, nodes=None):
         source = None  # x's bn table and activation while x is raw
         for count in nodes or (len(layers),):
             node, layers = layers[:count], layers[count:]
-            x, source = _run_node(x, node, residual, se, choice, source, raw=len(layers) > 0)
+            x, source = _run_node(x, node, residual, se, choice, source, len(layers) > 0, pooled)
         return x
 
 
@@ -254,14 +274,25 @@ def _fuses_stem(x, layer, choice, backend):
     return fuses_stem(choice, training, x.shape[0] * height * width, backend)
 
 
-def _run_node(x, layers, residual, se, choice, source, raw):
+def _trains(x, layers, se):
+    """Whether a gradient of a block may be asked for."""
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad:
+        return True
+    tensors = [t for layer in layers for t in (layer.weight, layer.bn.weight, layer.bn.bias)]
+    tensors += se.tensors if se is not None else ()
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _run_node(x, layers, residual, se, choice, source, raw, pooled):
     """One autograd node; returns its output and, if that is raw, (bn table, activation)."""
     rows = tuple(
         Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats, c.bn.group)
         for c in layers
     )
     block = Block(
-        choice.backend, choice.mode, rows, residual, se and (se.activation, se.gate), source and source[1], raw
+        choice.backend, choice.mode, rows, residual, se and (se.activation, se.gate), source and source[1], raw, pooled
     )
     tensors = []
     for layer in layers:

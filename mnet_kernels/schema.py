@@ -62,11 +62,12 @@ SCHEMAS = (
     "depthwise_backward(Tensor grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor? gate, Tensor? offset, "
     "Tensor x, Tensor weight, Tensor? bn, int act, int stride, Tensor? residual, bool needs_dx, bool needs_dw) "
     "-> (Tensor gx, Tensor sums, Tensor dw)",
-    # The same; with a gate gx is dz, neither gated nor masked, and the sums are the image table.  needs_sums without
-    # needs_dx is the reducing pass of algebraic mode (B1).
-    "pointwise_backward(Tensor grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor x, Tensor weight, "
-    "Tensor? bn, int act, Tensor? gate, Tensor? residual, bool needs_dx, bool needs_sums, bool needs_dw) "
-    "-> (Tensor gx, Tensor sums, Tensor dw)",
+    # The same, with either grad or offset: the gradient of a mean over H and W is one value an image and channel.  With
+    # a gate gx is dz, neither gated nor masked, and the sums are the image table.  needs_sums without needs_dx is the
+    # reducing pass of algebraic mode (B1).
+    "pointwise_backward(Tensor? grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor? offset, Tensor x, "
+    "Tensor weight, Tensor? bn, int act, Tensor? gate, Tensor? residual, bool needs_dx, bool needs_sums, "
+    "bool needs_dw) -> (Tensor gx, Tensor sums, Tensor dw)",
     # dy, of which the gradient of x is made in the rare case that it is wanted, and dW (accumulate dtype).  What is
     # not needed comes back empty ([0]).
     "stem_backward(Tensor grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor x, int stride, bool needs_dy, "
@@ -171,7 +172,9 @@ def _depthwise_backward(
     return gx, sums, _acc(x, *weight.shape) if needs_dw else _acc(x, 0)
 
 
-def _pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw):
+def _pointwise_backward(
+    grad, y, y_bn, coef, y_act, offset, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw
+):
     gx = _map(x, *x.shape) if needs_dx else _empty_map(x)
     sums = _acc(x, 0)
     if needs_sums and bn is not None:

@@ -11,8 +11,9 @@ import torch
 from blocks import Case, Inputs
 
 import mnet_kernels as mk
-from mnet_kernels import backends, choice
+from mnet_kernels import backends, choice, functional
 from mnet_kernels.backends import compiled
+from mnet_kernels.models import MODELS
 
 CPU = torch.device("cpu")
 
@@ -220,6 +221,85 @@ def test_automatic_mode_without_the_stages_is_chain(from_thirty_positions, monke
     monkeypatch.setattr(backends, "why_unavailable", lambda name, device: None)
     found = choice.choose(CPU, torch.float32, positions=10**6)
     assert (found.backend, found.mode) == ("cpu", "chain")
+
+
+ALGEBRAIC_FORWARD = {"gram", "expand_finalize", "expand_depthwise"}
+
+
+@pytest.fixture
+def cuda_as_it_is(monkeypatch):
+    """A card, and the stages that tests/test_cuda_on_host.py finds in backend ``cuda``."""
+    stages = backends.MODE_STAGES["chain"] | ALGEBRAIC_FORWARD
+    monkeypatch.setattr(backends, "implemented", lambda name: stages)
+    monkeypatch.setattr(backends, "why_unavailable", lambda name, device: None)
+    choice._decide.cache_clear()
+    yield
+    choice._decide.cache_clear()
+
+
+# The blocks with an expand layer, in order: input channels, how many of them, and their modes on backend cuda where
+# algebraic mode is asked for, in a training step and without gradients.
+NARROW, WIDE = ("chain", "algebraic"), ("chain", "chain")
+BLOCKS = {
+    "v2": [(16, 1, NARROW), (24, 2, NARROW), (32, 3, NARROW), (64, 4, NARROW), (96, 3, WIDE), (160, 3, WIDE)],
+    "v3-large": [(16, 1, NARROW), (24, 2, NARROW), (40, 3, NARROW), (80, 4, WIDE), (112, 2, WIDE), (160, 2, WIDE)],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_mode_of_every_block_on_cuda(name, cuda_as_it_is, monkeypatch):
+    cuda, real, found = torch.device("cuda"), choice.choose, {True: [], False: []}
+
+    def choose(device, dtype, backend, mode, positions=None, channels=None, trains=None):
+        if positions is not None:
+            mode = real(cuda, dtype, "cuda", "algebraic", positions, channels, trains).mode
+            found[trains].append((channels, mode))
+        return real(device, dtype, "native")
+
+    monkeypatch.setattr(functional, "choose", choose)
+    model = MODELS[name]()
+    x = torch.randn(1, 3, 32, 32)
+    model(x.repeat(2, 1, 1, 1))
+    with torch.no_grad():
+        model.eval()(x)
+    rows = [(c, train, free) for (c, train), (_, free) in zip(found[True], found[False], strict=True)]
+    assert rows == [(c, *modes) for c, count, modes in BLOCKS[name] for _ in range(count)]
+    # the first block has no expand layer
+    assert len(rows) + 1 == sum(isinstance(m, mk.nn.FusedInvertedResidual) for m in model.modules())
+
+
+def test_what_algebraic_mode_on_cuda_lacks_is_said(cuda_as_it_is, caplog):
+    cuda = torch.device("cuda")
+    free = choice.choose(cuda, torch.bfloat16, "cuda", "algebraic", 100, 64, False)
+    assert free.mode == "algebraic" and "slow reference" not in caplog.text
+    training = choice.choose(cuda, torch.bfloat16, "cuda", "algebraic", 100, 64, True)
+    assert training[:2] == ("cuda", "chain")
+    assert "no kernel yet for expand_depthwise_backward" in caplog.text and "without gradients" in caplog.text
+    wide = choice.choose(cuda, torch.bfloat16, "cuda", "algebraic", 100, 65, False)
+    assert wide[:2] == ("cuda", "chain") and "at most 64 input channels" in caplog.text
+    assert choice.choose(cuda, torch.bfloat16, "cuda", "auto", 10**6, 64, False).mode == "chain"  # nothing measured
+
+
+def test_whether_a_gradient_may_be_asked_for():
+    block = mk.nn.FusedInvertedResidual(4, 4, 1, 2)
+    seen = []
+
+    def choose(*args):
+        seen.append(args[6])
+        return choice.choose(*args[:2], "native")
+
+    x = torch.randn(2, 4, 5, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "choose", choose)
+        block(x)
+        with torch.no_grad():
+            block(x)
+        with torch.inference_mode():
+            block(x)
+        block.requires_grad_(False)
+        block(x)
+        block(x.requires_grad_())
+    assert seen == [True, False, False, False, True]
 
 
 def test_build_info():

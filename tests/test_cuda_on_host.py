@@ -7,6 +7,7 @@ allocation, dispatch and kernels are the real ones, and the suites written for a
 
 import ctypes
 import fcntl
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,13 +18,15 @@ import test_cpu_stem as stems
 import test_gpu as suite
 import test_precision
 import torch
-from blocks import Case, Inputs, step
+from blocks import Case, Inputs, step, upstream_of
 from kinks import clear_model
 from precision import Judge, errors
+from test_choice import ALGEBRAIC_FORWARD
 from test_ctest import BUILD, COMPILERS, ROOT, run
 from test_models_v2 import NARROW, training_step, twins
 from test_stages import UTILS, sample
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mnet_kernels as mk
 from mnet_kernels import backends, choice, schema, stages
@@ -36,7 +39,9 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is linked as on Linux"),
 ]
 
-STAGES = [name for name in schema.NAMES if name in backends.MODE_STAGES["chain"] | backends.STEM_STAGES]
+STAGES = [
+    name for name in schema.NAMES if name in backends.MODE_STAGES["chain"] | backends.STEM_STAGES | ALGEBRAIC_FORWARD
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD, REVERSE, RANDOM_THREADS, RANDOM_WARPS = range(4)  # the schedules of csrc/tests/launch_host.h
 NO_IMAGE, LAUNCH_FAILURE = 209, 719  # cudaErrorNoKernelImageForDevice, cudaErrorLaunchFailure
@@ -84,6 +89,11 @@ def _backend_of_the_cpu(library, monkeypatch):
 
 def test_chain_mode_is_whole():
     assert backends.whole("cuda", "chain") and backends.has_stem("cuda")
+
+
+def test_algebraic_mode_is_whole_but_for_the_backward():
+    assert backends.implemented("cuda") == set(STAGES)
+    assert not backends.missing_stages("cuda", "algebraic", trains=False) and not backends.whole("cuda", "algebraic")
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
@@ -223,11 +233,69 @@ def test_stem_batches_strides_and_errors():
     stems.test_bad_upstream_is_refused()
 
 
+@pytest.fixture
+def algebraic(monkeypatch):
+    """The suite of the CPU's stages of algebraic mode."""
+    import test_cpu_expand  # here: it is skipped where the CPU's kernels were not built
+
+    monkeypatch.setattr(test_cpu_expand, "ours", lambda name: getattr(torch.ops.mnet_cuda, name))
+    return test_cpu_expand
+
+
+# n, c, e, o, h, w
+EXPANDED = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 5, 13, 3, 1, 7),
+    (2, 17, 40, 3, 9, 13),
+    (1, 64, 70, 3, 7, 11),
+    (1, 33, 65, 3, 18, 5),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", EXPANDED, ids=str)
+def test_algebraic_stages_as_the_reference(size, dtype, algebraic):
+    for i, (k, stride) in enumerate(((3, 1), (3, 2), (5, 1), (5, 2))):
+        args = algebraic.Args(
+            dtype, *size, k, stride, (i + size[1]) % 5, shifted=i % 2 == 0, clear=size[4] * size[5] > 1
+        )
+        if i == 3:
+            args.weight, args.depthwise = (
+                t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for t in (args.weight, args.depthwise)
+            )
+        for name in ("gram", "expand_finalize", "expand_depthwise"):
+            algebraic.same_as_reference(name, args.of(name), dtype)
+        y, none = torch.ops.mnet_cuda.expand_depthwise(*args.of("expand_depthwise", moments=False))
+        assert torch.equal(y, torch.ops.mnet_cuda.expand_depthwise(*args.of("expand_depthwise"))[0])
+        assert none.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gram_of_constant_and_distant_channels(dtype, algebraic):
+    for value in (0.0, 55.5, -3008.0):
+        algebraic.test_constant_channels(dtype, value)
+    algebraic.test_only_distant_channels_are_shifted(dtype)
+
+
+def test_what_algebraic_stages_refuse(algebraic):
+    args = algebraic.Args(torch.float32, c=65, e=8)
+    for name in ("gram", "expand_depthwise"):
+        with pytest.raises(RuntimeError, match=f"{name}: x has 65 channels, expected at most 64.*chain"):
+            algebraic.ours(name)(*args.of(name))
+    algebraic.same_as_reference("expand_finalize", args.of("expand_finalize"), torch.float32)
+    args = algebraic.Args(torch.float32, n=1)
+    args.x = args.x[:0]
+    assert (algebraic.ours("gram")(args.x) == 0).all()
+    y, moments = algebraic.ours("expand_depthwise")(*args.of("expand_depthwise"))
+    assert y.shape == (0, *args.y.shape[1:]) and (moments == 0).all()
+
+
 # ---- blocks and a network -------------------------------------------------------------------------------------------
 
 BLOCKS = [
     Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", n=2, c=21, h=15, w=11),
     Case("pointwise_conv_bn_act", n=1, c=17, o=9, h=13, w=7),
+    Case("pointwise_conv_bn_act_pool", activation="hardswish", n=3, c=17, o=21, h=5, w=7),
     Case("stem_conv_bn_act", stride=2, n=3, c=3, o=21, h=19, w=23),
     Case("stem_conv_bn_act", stride=1, activation="hardswish", n=2, c=4, o=40, h=9, w=18),
     Case("separable_conv", stride=2, n=2, c=24, o=40, h=14, w=14),
@@ -248,11 +316,130 @@ def test_block(case, dtype, monkeypatch):
     test_precision.judge(lambda: test_precision.rounded(case, storage), storage, dtype)
 
 
+def frozen(*both):
+    for inputs in both:
+        for bn in inputs.bns:
+            bn.eval()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_block_in_eval_mode(case, dtype, monkeypatch):
+    """The same with running statistics: output and every gradient."""
+    monkeypatch.setattr(test_precision, "fused_modes", lambda *args, **kwargs: [("cuda", "chain")])
+    monkeypatch.setattr(test_precision, "DRAWS", 5)
+    storage = dtype or torch.float32
+    test_precision.judge(lambda: test_precision.rounded(case, storage), storage, dtype, frozen)
+
+
+class Calls(TorchDispatchMode):
+    """Whether each convolution stage was asked for moments."""
+
+    def __init__(self):
+        super().__init__()
+        self.moments = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mnet_cuda" and func._schema.arguments[-1].name == "moments":
+            self.moments.setdefault(func._opname, []).append(args[-1])
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("mode", ["chain", "algebraic"])
+def test_moments_are_of_training_alone(mode, training):
+    """Eval mode runs the same kernels with batch norm folded into scale and shift, and their moments off."""
+    inputs = Inputs(Case(residual=True, excite=True), torch.float32)
+    if not training:
+        frozen(inputs)
+    with torch.no_grad(), mk.backend("cuda", mode), Calls() as calls:
+        inputs.call()
+    first = {"pointwise": [training] * 2, "depthwise": [training]}
+    if mode == "algebraic":
+        first = {"expand_depthwise": [training], "pointwise": [training]}
+    assert calls.moments == first
+
+
+def test_launchers_call_nothing_that_a_capture_forbids():
+    """Of CUDA's runtime they use only what may be called while a CUDA graph is captured: no allocation, copy or wait.
+
+    What is above them reads no value of a tensor, or torch.compile could not make one graph of it (the next test).
+    """
+    allowed = {"cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetLastError"}
+    sources = [p for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in (".cu", ".cuh", ".cpp", ".h")]
+    text = "\n".join(re.sub(r"//.*", "", p.read_text()) for p in sources)
+    assert set(re.findall(r"\b(cuda[A-Z]\w+)\s*\(", text)) == allowed
+    assert not re.search(r"\.item\(|\.cpu\(|at::_local_scalar|synchronize", text)
+
+
+@pytest.mark.parametrize("case", BLOCKS[::2], ids=str)
+def test_one_graph(case):
+    """torch.compile, forward and backward in one graph each, to the bit what runs without it."""
+    inputs = Inputs(case, torch.float32)
+    upstream = upstream_of(inputs.call())
+    torch._dynamo.reset()
+    results = []
+    with mk.backend("cuda", "chain"):
+        for call in (inputs.call, torch.compile(inputs.call, fullgraph=True, backend="aot_eager")):
+            for bn in inputs.bns:
+                bn.reset_running_stats()
+            out = call()
+            grads = torch.autograd.grad(out, list(inputs.leaves.values()), upstream.to(out.dtype))
+            results.append([out.detach(), *grads, *(b.clone() for bn in inputs.bns for b in bn.buffers())])
+    assert all(map(torch.equal, *results))
+
+
 def test_block_runs_its_own_stages():
     inputs = Inputs(Case(residual=True, excite=True), torch.float32)
     with mk.count_stages() as counts:
         step(inputs, "cuda", "chain")
     assert counts and {label.split("::")[0] for label in counts} == {"mnet_cuda"}
+
+
+EXPANDING = [case for case in BLOCKS if case.op == "inverted_residual"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("case", EXPANDING, ids=str)
+def test_forward_in_algebraic_mode(case, training, dtype):
+    """Without gradients, with running and with batch statistics, which move."""
+    verdict = Judge(dtype)
+    for _ in range(5):
+        exact, low = test_precision.rounded(case, dtype)
+        for inputs in (exact, low):
+            for bn in inputs.bns:
+                bn.train(training)
+        outcomes = []
+        for inputs, path in ((exact, ("native", None)), (low, ("native", None)), (low, ("cuda", "algebraic"))):
+            states = [{k: v.clone() for k, v in bn.state_dict().items()} for bn in inputs.bns]
+            autocast = torch.autocast("cpu", dtype, enabled=inputs is low and dtype != torch.float32)
+            with torch.no_grad(), mk.backend(*path), mk.count_stages() as counts, autocast:
+                out = inputs.call()
+            outcomes.append(
+                {
+                    "out": out,
+                    **{f"{i}.{k}": b.clone() for i, bn in enumerate(inputs.bns) for k, b in bn.named_buffers()},
+                }
+            )
+            for bn, state in zip(inputs.bns, states, strict=True):
+                bn.load_state_dict(state)
+        assert counts["mnet_cuda::expand_depthwise"] == 1 and {k.split("::")[0] for k in counts} == {"mnet_cuda"}
+        want, torchs, ours = outcomes
+        for key, ref in want.items():
+            if key.endswith("tracked"):
+                assert torch.equal(ours[key], ref)
+            else:
+                verdict.add(key, ours[key], torchs[key], ref)
+    verdict.verdict()
+
+
+def test_a_training_step_in_algebraic_mode_is_chain(caplog):
+    inputs = Inputs(Case(residual=True), torch.float32)
+    with mk.count_stages() as counts:
+        step(inputs, "cuda", "algebraic")
+    assert counts["mnet_cuda::depthwise"] == 1 and {label.split("::")[0] for label in counts} == {"mnet_cuda"}
+    assert "mode 'chain'" in caplog.text and "without gradients" in caplog.text
 
 
 def test_training_step():

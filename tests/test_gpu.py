@@ -140,6 +140,7 @@ def test_repeats_bit_for_bit(backend, stage):
 BLOCKS = [
     Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", n=2, c=21, h=15, w=11),
     Case("pointwise_conv_bn_act", n=1, c=17, o=9, h=13, w=7),
+    Case("pointwise_conv_bn_act_pool", activation="hardswish", n=3, c=17, o=21, h=5, w=7),
     Case("separable_conv", stride=2, n=2, c=24, o=40, h=14, w=14),
     Case(residual=True, n=2, c=16, e=96, h=14, w=14),
     Case(stride=2, kernel=5, activation="hardswish", n=3, c=13, e=37, o=21, h=17, w=9),
@@ -261,6 +262,33 @@ def test_block_in_a_graph(mode):
         for a, b in zip(inputs.bns, twin.bns, strict=True):
             for (name, got), expected in zip(a.named_buffers(), b.buffers(), strict=True):
                 torch.testing.assert_close(got, expected, msg=name)
+
+
+@pytest.mark.gpu
+@NO_CARD
+@pytest.mark.parametrize(("backend", "mode"), block_modes())
+def test_reduce_overhead(backend, mode):
+    """torch.compile's own CUDA graphs: training steps with moving running statistics as without a compiler."""
+    inputs = Inputs(Case(residual=True, n=4, c=16, e=48, h=14, w=14), torch.float32, "cuda")
+    twin = Inputs(inputs.case, torch.float32, "cuda")
+    with torch.no_grad():
+        for a, b in zip(inputs.leaves.values(), twin.leaves.values(), strict=True):
+            b.copy_(a)
+    upstream = torch.randn_like(inputs.x)
+    with mk.backend(backend, mode):
+        compiled = torch.compile(inputs.call, fullgraph=True, mode="reduce-overhead")
+        for _ in range(4):  # compiled, warmed up, captured, replayed
+            torch.compiler.cudagraph_mark_step_begin()
+            pairs = []
+            for call, leaves in ((compiled, inputs.leaves), (twin.call, twin.leaves)):
+                out = call()
+                grads = torch.autograd.grad(out, list(leaves.values()), upstream)
+                pairs.append([t.detach().clone() for t in (out, *grads)])
+            for got, want in zip(*pairs, strict=True):
+                torch.testing.assert_close(got, want)
+    for a, b in zip(inputs.bns, twin.bns, strict=True):
+        for (name, got), expected in zip(a.named_buffers(), b.buffers(), strict=True):
+            torch.testing.assert_close(got, expected, msg=name)
 
 
 @pytest.mark.gpu

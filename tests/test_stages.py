@@ -58,11 +58,13 @@ def sample(n=2, c=3, e=5, o=4, h=7, w=6, k=3, stride=2, dtype=torch.float32, how
             (*up_y, None, None, xe, w2, None, 0, stride, None, False, True),
         ],
         "pointwise_backward": [
-            (*up_y3, ye, w3, bn_e, 2, None, None, True, True, True),
-            (*up_y3, ye, w3, bn_e, 3, gate, None, True, True, False),
-            (*up_y3, ye, w3, bn_e, 3, gate, None, False, True, True),
-            (*up_y3, ye, w3, None, 0, None, map_(e, oh, ow), True, False, True),
-            (*up_y3, ye, w3, bn_e, 2, None, None, False, False, True),
+            (*up_y3, None, ye, w3, bn_e, 2, None, None, True, True, True),
+            (*up_y3, None, ye, w3, bn_e, 3, gate, None, True, True, False),
+            (*up_y3, None, ye, w3, bn_e, 3, gate, None, False, True, True),
+            (*up_y3, None, ye, w3, None, 0, None, map_(e, oh, ow), True, False, True),
+            (*up_y3, None, ye, w3, bn_e, 2, None, None, False, False, True),
+            (None, *up_y3[1:], table(n, o), ye, w3, None, 0, None, None, True, False, True),
+            (None, *up_y3[1:], table(n, o), ye, w3, bn_e, 2, gate, None, True, True, False),
         ],
         "stem_backward": [
             (*up_y, image, stride, True, True),

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../finalize_checks.h"
+#include "../expand_checks.h"
 #include "expand.h"
 
 namespace mnet::cpu {
@@ -44,22 +44,9 @@ Matrix product(Matrix& a, bool transposed, Matrix& b) {
   return out;
 }
 
-void check_weight(const char* op, const at::Tensor& weight, int64_t c, const at::Tensor& like) {
-  TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) == c && weight.size(2) == 1 && weight.size(3) == 1,
-              op, ": weight has shape ", weight.sizes(), ", expected [E, ", c, ", 1, 1] with E of at least 1");
-  storage_dtype(op, weight);
-  TORCH_CHECK(weight.device() == like.device(), op, ": weight is on ", weight.device(), ", expected ", like.device());
-}
-
 Matrix unpack(const at::Tensor& weight) {
   const at::Tensor floats = weight.to(at::kFloat).contiguous();
   return Matrix(weight.size(0), weight.size(1), floats.const_data_ptr<float>());
-}
-
-const float* check_gram(const char* op, const at::Tensor& gram, const at::Tensor& like) {
-  TORCH_CHECK(gram.dim() == 2 && gram.size(1) > 0 && gram.size(0) == gram.size(1) + 2, op, ": gram has shape ",
-              gram.sizes(), ", expected [C + 2, C], the output of gram");
-  return check_table(op, "gram", gram, gram.sizes(), like);
 }
 
 }  // namespace
@@ -68,40 +55,19 @@ static std::tuple<at::Tensor, at::Tensor> expand_finalize(const at::Tensor& gram
                                                           const std::optional<at::Tensor>& gamma,
                                                           const std::optional<at::Tensor>& beta, double eps,
                                                           int64_t count) {
-  constexpr auto kOp = "expand_finalize";
-  const float* table = check_gram(kOp, gram, gram);
-  const int64_t c = gram.size(1);
-  check_weight(kOp, weight, c, gram);
-  check_count(kOp, count);
-  const int64_t e = weight.size(0);
-  const float *scales = check_table(kOp, "gamma", gamma, {e}, gram), *shifts = check_table(kOp, "beta", beta, {e}, gram);
+  const ExpandFinalizeCall call = prepare_expand_finalize(gram, weight, gamma, beta, eps, count);
+  const ExpandFinalizeParams& p = call.params;
+  const int64_t c = p.c;
   Matrix w = unpack(weight);
-  Matrix covariance(c, c, table);
+  Matrix covariance(c, c, p.gram);
   Matrix spread = product(w, false, covariance);
-  const float *mean = table + c * c, *k = mean + c;
-  at::Tensor bn = at::empty({5, e}, gram.options()), means = at::empty({e}, gram.options());
-  float *out = bn.mutable_data_ptr<float>(), *out_mean = means.mutable_data_ptr<float>();
-  const double correction = bessel_correction(count);
-  for (int64_t i = 0; i < e; ++i) {
-    const double *row = w.row(i), *wide = spread.row(i);
-    double var = 0.0, mean_k = 0.0, whole = 0.0;
-    for (int64_t j = 0; j < c; ++j) {
-      var += row[j] * wide[j];
-      mean_k += row[j] * (static_cast<double>(mean[j]) - k[j]);
-      whole += row[j] * mean[j];
-    }
-    var = var < 0.0 ? 0.0 : var;
-    const double rstd = 1.0 / std::sqrt(var + eps);
-    // shift goes with scale and mean as they are stored, so that act(scale * y + shift) is centred whatever their rounding
-    const auto scale = static_cast<float>(scales == nullptr ? rstd : rstd * scales[i]);
-    out[i] = scale;
-    out[2 * e + i] = static_cast<float>(mean_k);
-    out[e + i] = static_cast<float>((shifts == nullptr ? 0.0 : shifts[i]) - static_cast<double>(out[2 * e + i]) * scale);
-    out[3 * e + i] = static_cast<float>(rstd);
-    out[4 * e + i] = static_cast<float>(var * correction);
-    out_mean[i] = static_cast<float>(whole);
+  const float* mean = p.gram + c * c;
+  for (int64_t i = 0; i < p.e; ++i) {
+    ExpandedMoments sums{};
+    for (int64_t j = 0; j < c; ++j) add_channel(sums, w.row(i)[j], spread.row(i)[j], mean[j], mean[c + j]);
+    write_expanded(p, i, sums);
   }
-  return {bn, means};
+  return {call.bn, call.mean};
 }
 
 static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_finalize_backward(
@@ -110,7 +76,7 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_finaliz
   constexpr auto kOp = "expand_finalize_backward";
   TORCH_CHECK(shift.dim() == 1 && shift.size(0) > 0, kOp, ": shift has shape ", shift.sizes(), ", expected [C]");
   const int64_t c = shift.size(0);
-  check_weight(kOp, weight, c, gramgrad);
+  check_expand_weight(kOp, weight, c, gramgrad);
   check_count(kOp, count);
   const int64_t e = weight.size(0);
   const float* g = check_table(kOp, "gramgrad", gramgrad, {e, c + 1}, gramgrad);

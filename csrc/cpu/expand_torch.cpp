@@ -11,44 +11,26 @@
 namespace mnet::cpu {
 
 static at::Tensor gram(const at::Tensor& x) {
-  const Dtype dtype = storage_dtype("gram", x);
-  check_map("gram", "x", x);
-  const int64_t c = x.size(1);
-  at::Tensor table = at::empty({c + 2, c}, x.options().dtype(at::kFloat));
-  GramParams params{};
-  params.x = x.const_data_ptr();
-  params.gram = table.mutable_data_ptr<float>();
-  params.positions = x.size(0) * x.size(2) * x.size(3);
-  params.c = static_cast<int32_t>(c);
+  const GramCall call = prepare_gram(x);
   const Capability isa = capability();
-  const GramPlan plan = plan_gram(params, isa);
+  const GramPlan plan = plan_gram(call.params, isa);
   const at::Tensor workspace = at::empty({plan.workspace()}, x.options().dtype(at::kDouble));
   double* tables = workspace.mutable_data_ptr<double>();
   at::parallel_for(0, plan.chunks, 1, [&](int64_t begin, int64_t end) {
-    gram_units(params, dtype, plan, begin, end, tables, isa);
+    gram_units(call.params, call.dtype, plan, begin, end, tables, isa);
   });
-  gram_finish(params, dtype, plan, tables, isa);
-  return table;
+  gram_finish(call.params, call.dtype, plan, tables, isa);
+  return call.gram;
 }
 
 static std::tuple<at::Tensor, at::Tensor> expand_depthwise(const at::Tensor& x, const at::Tensor& shift,
                                                            const at::Tensor& expand_weight, const at::Tensor& bn,
                                                            int64_t act, const at::Tensor& weight, int64_t stride,
                                                            bool moments) {
-  constexpr auto kOp = "expand_depthwise";
-  const Dtype dtype = storage_dtype(kOp, x);
-  ExpandDepthwiseParams params{};
-  params.expand = prepare_expand(kOp, x, shift, expand_weight);
-  const int64_t e = expand_weight.size(0);
-  DepthwiseParams& p = params.depthwise;
-  prepare_expanded(kOp, p, x, weight, e, act, stride);
-  p.bn = check_table(kOp, "bn", bn, {5, e}, x);
-  at::Tensor y = at::empty({p.n, e, p.out_h, p.out_w}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  p.y = y.mutable_data_ptr();
+  const ExpandDepthwiseCall call = prepare_expand_depthwise(x, shift, expand_weight, bn, act, weight, stride, moments);
+  const ExpandDepthwiseParams& params = call.params;
+  const Dtype dtype = call.dtype;
   const auto floats = x.options().dtype(at::kFloat);
-  at::Tensor statistics = moments ? at::empty({2, e}, floats) : at::empty({0}, floats);
-  p.moments = moments ? statistics.mutable_data_ptr<float>() : nullptr;
-
   const Capability isa = capability();
   const ExpandPlan plan = plan_expand_depthwise(params, isa);
   const at::Tensor packed_weight = at::empty({plan.padded() * params.expand.c}, floats);
@@ -56,13 +38,13 @@ static std::tuple<at::Tensor, at::Tensor> expand_depthwise(const at::Tensor& x, 
   float* packed = packed_weight.mutable_data_ptr<float>();
   double* table = moments ? workspace.mutable_data_ptr<double>() : nullptr;
   at::parallel_for(0, plan.panels, 4, [&](int64_t begin, int64_t end) {
-    expand_pack(params.expand, p.c, dtype, begin, end, packed, isa);
+    expand_pack(params.expand, params.depthwise.c, dtype, begin, end, packed, isa);
   });
   at::parallel_for(0, plan.units(), 1, [&](int64_t begin, int64_t end) {
     expand_depthwise_units(params, dtype, plan, begin, end, packed, table, isa);
   });
   if (moments) expand_depthwise_finish(params, plan, table);
-  return {y, statistics};
+  return {call.y, call.moments};
 }
 
 static at::Tensor expand_mix(const at::Tensor& dx_partial, const at::Tensor& x, const at::Tensor& shift,

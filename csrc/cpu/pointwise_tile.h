@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/activation.h"
 #include "gemm.h"
@@ -100,26 +101,35 @@ struct UpstreamTables {
   const float *scale, *shift, *mean, *b, *c;
 };
 
-// dy of one vector of values, whose tables are those of channel e on (schema.py).
-template <typename Storage, typename Act, bool kPartial>
-MNET_HD Vec upstream_vector(const typename Storage::Lane* grad, const typename Storage::Lane* y, int valid,
-                            const UpstreamTables& t, int e) {
+// dy of one vector of values and their gradients; the tables are those of channel e on (schema.py).
+template <typename Act>
+MNET_HD Vec upstream_vector(Vec g, Vec value, const UpstreamTables& t, int e) {
   const Vec scale = load_vec(t.scale + e), b = load_vec(t.b + e), c = load_vec(t.c + e);
-  const Vec value = load_map<Storage, kPartial>(y, valid);
-  Vec g = load_map<Storage, kPartial>(grad, valid);
   if constexpr (Act::kCode != Activation::kIdentity) g = g * Act::bwd(Vec(scale * value + load_vec(t.shift + e)));
   return scale * g + b * (value - load_vec(t.mean + e)) + c;
 }
 
-// dy of rows that `grad` and `y` point to, rounded to storage.
-template <typename Storage, typename Act>
-void upstream_rows(const typename Storage::Lane* grad, const typename Storage::Lane* y, int rows, int channels,
-                   const UpstreamTables& t, float* tile, int64_t stride) {
+// One gradient a channel, of every row.
+struct SameGradient {
+  const float* values;
+};
+
+// dy of rows that `grad` (or SameGradient) and `y` point to, rounded to storage.
+template <typename Storage, typename Act, typename Gradient>
+void upstream_rows(Gradient grad, const typename Storage::Lane* y, int rows, int channels, const UpstreamTables& t,
+                   float* tile, int64_t stride) {
   for (int row = 0; row < rows; ++row) {
     for_vectors(channels, [&](auto partial, int e, int valid) __attribute__((always_inline)) {
       const int64_t at = int64_t{row} * channels + e;
+      constexpr bool kPartial = decltype(partial)::value;
+      Vec g;
+      if constexpr (std::is_same_v<Gradient, SameGradient>) {
+        g = load_lanes<kPartial, float, Vec>(grad.values + e, valid);
+      } else {
+        g = load_map<Storage, kPartial>(grad + at, valid);
+      }
       store_row<Storage, false>(tile + row * stride, e,
-                                upstream_vector<Storage, Act, decltype(partial)::value>(grad + at, y + at, valid, t, e));
+                                upstream_vector<Act>(g, load_map<Storage, kPartial>(y + at, valid), t, e));
     });
   }
 }

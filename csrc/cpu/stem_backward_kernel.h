@@ -25,7 +25,8 @@ void upstream_panels(const typename Storage::Lane* grad, const typename Storage:
     for_vectors(channels, [&](auto partial, int e, int valid) __attribute__((always_inline)) {
       constexpr bool kPartial = decltype(partial)::value;
       const int64_t at = int64_t{row} * channels + e;
-      const Vec v = upstream_vector<Storage, Act, kPartial>(grad + at, y + at, valid, t, e);
+      const Vec v = upstream_vector<Act>(load_map<Storage, kPartial>(grad + at, valid),
+                                         load_map<Storage, kPartial>(y + at, valid), t, e);
       if (dy != nullptr) store_map<Storage, kPartial>(dy + at, v, valid);
       store_vec(panels + (int64_t{e / kPanel} * kStemTile + row) * kPanel + e % kPanel, Storage::round(v));
     });

@@ -2,26 +2,15 @@
 
 #include "combine.h"
 #include "depthwise.cuh"
-#include "launch.h"
+#include "depthwise_tiling.h"
 
 namespace mnet::cuda {
 
-// Enough blocks to fill any card several times over, and few enough partial moments to combine quickly.
-constexpr int64_t kTargetBlocks = 8192;
-constexpr int64_t kMaxChunks = 2048;
-
 template <typename Traits>
-static DepthwiseTiling make_tiling(const DepthwiseParams& p) {
-  DepthwiseTiling t{};
-  t.tiles_h = static_cast<int32_t>(divide_up(p.out_h, Traits::kTileH));
-  t.tiles_w = static_cast<int32_t>(divide_up(p.out_w, Traits::kTileW));
-  t.tiles = p.n * t.tiles_h * t.tiles_w;
-  t.channel_blocks = static_cast<int32_t>(divide_up(p.c, Traits::kChannels));
-  const int64_t wanted = divide_up(kTargetBlocks, t.channel_blocks);
-  t.tiles_per_block = divide_up(t.tiles, wanted < kMaxChunks ? wanted : kMaxChunks);
-  t.chunks = t.tiles == 0 ? 0 : divide_up(t.tiles, t.tiles_per_block);
-  t.vectorized = p.c % Traits::kVec == 0 && aligned(p.x) && aligned(p.y);
-  return t;
+static DepthwiseTiling make_tiling(const DepthwiseParams& p, const Tile& tile) {
+  DepthwiseTiling tiling = deal_tiles<Traits>(p, tile);
+  tiling.vectorized = p.c % Traits::kVec == 0 && aligned(p.x) && aligned(p.y);
+  return tiling;
 }
 
 // Calls f with the traits of a shape and dtype.
@@ -34,14 +23,14 @@ static auto with_traits(const DepthwiseParams& p, Dtype dtype, F&& f) {
   });
 }
 
-int64_t depthwise_workspace(const DepthwiseParams& p, Dtype dtype) {
+int64_t depthwise_workspace(const DepthwiseParams& p, Dtype dtype, const Tile& tile) {
   if (p.moments == nullptr) return 0;
-  return with_traits(p, dtype, [&](auto traits) { return make_tiling<decltype(traits)>(p).chunks * 3 * p.c; });
+  return with_traits(p, dtype, [&](auto traits) { return make_tiling<decltype(traits)>(p, tile).chunks * 3 * p.c; });
 }
 
 template <typename Traits>
-static cudaError_t launch(const DepthwiseParams& p, float* workspace, cudaStream_t stream) {
-  const DepthwiseTiling tiling = make_tiling<Traits>(p);
+static cudaError_t launch(const DepthwiseParams& p, const Tile& tile, float* workspace, cudaStream_t stream) {
+  const DepthwiseTiling tiling = make_tiling<Traits>(p, tile);
   if (tiling.chunks > 0) {
     const auto blocks = static_cast<unsigned>(tiling.chunks * tiling.channel_blocks);
     MNET_LAUNCH(depthwise_kernel<Traits>, blocks, Traits::kThreads, stream, p, tiling, workspace);
@@ -51,8 +40,8 @@ static cudaError_t launch(const DepthwiseParams& p, float* workspace, cudaStream
   return combine_moments(workspace, tiling.chunks, p.c, p.moments, stream);
 }
 
-cudaError_t depthwise(const DepthwiseParams& p, Dtype dtype, float* workspace, cudaStream_t stream) {
-  return with_traits(p, dtype, [&](auto traits) { return launch<decltype(traits)>(p, workspace, stream); });
+cudaError_t depthwise(const DepthwiseParams& p, Dtype dtype, const Tile& tile, float* workspace, cudaStream_t stream) {
+  return with_traits(p, dtype, [&](auto traits) { return launch<decltype(traits)>(p, tile, workspace, stream); });
 }
 
 }  // namespace mnet::cuda

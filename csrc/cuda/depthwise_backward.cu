@@ -6,12 +6,7 @@
 
 namespace mnet::cuda {
 
-// Blocks of the backward: several waves of a large card, but runs of enough steps that partial sums are little beside the
-// maps, and of few enough that sums in float32 stay short.  (From counted bytes, not from timings.)
-constexpr int64_t kBackwardBlocks = 2112;
-constexpr int64_t kFewBackwardBlocks = 264;  // two a multiprocessor: a small problem is split that far at least
-constexpr int64_t kLeastSteps = 8;
-constexpr int64_t kMostSteps = 64;
+constexpr int64_t kMostSteps = 64;  // of a run: its sums are in float32
 
 static int64_t clamp(int64_t value, int64_t least, int64_t most) {
   return value < least ? least : value > most ? most : value;
@@ -27,7 +22,7 @@ static int32_t choose_words(int64_t words) {
 }
 
 template <typename Traits>
-static DepthwiseBackwardTiling make_backward_tiling(const DepthwiseBackwardParams& p) {
+static DepthwiseBackwardTiling make_backward_tiling(const DepthwiseBackwardParams& p, const Tile& tile) {
   DepthwiseBackwardTiling t{};
   const int64_t words = divide_up(p.c, Traits::kLane);
   t.words = choose_words(words);
@@ -40,8 +35,8 @@ static DepthwiseBackwardTiling make_backward_tiling(const DepthwiseBackwardParam
   t.steps_h = static_cast<int32_t>(divide_up(p.h, Traits::kRows));
   t.steps = p.n * t.steps_h;
   const int64_t columns = int64_t{t.tiles_w} * t.channel_blocks;
-  const int64_t least = clamp(t.steps * columns / kFewBackwardBlocks, 1, kLeastSteps);
-  t.steps_per_run = clamp(divide_up(t.steps * columns, kBackwardBlocks), least, kMostSteps);
+  const int64_t least = tile.enough == 0 ? tile.least : clamp(t.steps * columns / tile.enough, 1, tile.least);
+  t.steps_per_run = clamp(divide_up(t.steps * columns, tile.blocks), least, kMostSteps);
   t.chunks = divide_up(t.steps, t.steps_per_run) * t.tiles_w;
   t.vectorized = p.c % Traits::kVec == 0 && aligned(p.grad) && aligned(p.y) && aligned(p.x) && aligned(p.gx);
   return t;
@@ -59,16 +54,16 @@ static auto with_backward_traits(const DepthwiseBackwardParams& p, Dtype dtype, 
   });
 }
 
-int64_t depthwise_backward_workspace(const DepthwiseBackwardParams& p, Dtype dtype) {
+int64_t depthwise_backward_workspace(const DepthwiseBackwardParams& p, Dtype dtype, const Tile& tile) {
   return with_backward_traits(p, dtype, [&](auto traits) {
     using Traits = decltype(traits);
-    return make_backward_tiling<Traits>(p).chunks * (Traits::kTaps + 2) * p.c;
+    return make_backward_tiling<Traits>(p, tile).chunks * (Traits::kTaps + 2) * p.c;
   });
 }
 
 template <typename Traits>
-static cudaError_t launch_backward(const DepthwiseBackwardParams& p, float* workspace, cudaStream_t stream) {
-  const DepthwiseBackwardTiling tiling = make_backward_tiling<Traits>(p);
+static cudaError_t launch_backward(const DepthwiseBackwardParams& p, const Tile& tile, float* workspace, cudaStream_t stream) {
+  const DepthwiseBackwardTiling tiling = make_backward_tiling<Traits>(p, tile);
   if (tiling.chunks > 0 && (p.gx != nullptr || p.dw != nullptr)) {
     const auto blocks = static_cast<unsigned>(tiling.chunks * tiling.channel_blocks);
     MNET_LAUNCH(depthwise_backward_kernel<Traits>, blocks, Traits::kThreads, stream, p, tiling, workspace);
@@ -84,9 +79,10 @@ static cudaError_t launch_backward(const DepthwiseBackwardParams& p, float* work
   return combine_sums({workspace + kTaps * c, 1, tiling.chunks, pitch, 2, p.c, p.sums, 0, c, 1}, stream);
 }
 
-cudaError_t depthwise_backward(const DepthwiseBackwardParams& p, Dtype dtype, float* workspace, cudaStream_t stream) {
+cudaError_t depthwise_backward(const DepthwiseBackwardParams& p, Dtype dtype, const Tile& tile, float* workspace,
+                               cudaStream_t stream) {
   return with_backward_traits(p, dtype,
-                              [&](auto traits) { return launch_backward<decltype(traits)>(p, workspace, stream); });
+                              [&](auto traits) { return launch_backward<decltype(traits)>(p, tile, workspace, stream); });
 }
 
 }  // namespace mnet::cuda

@@ -19,13 +19,14 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_backward_op(
     const std::optional<at::Tensor>& residual, bool needs_dx, bool needs_dw) {
   constexpr auto kOp = "depthwise_backward";
   const c10::cuda::CUDAGuard guard(x.device());
-  check_device(kOp, x.device());
+  const int architecture = check_device(kOp, x.device());
   const DepthwiseBackwardCall call = prepare_depthwise_backward(grad, y, y_bn, coef, y_act, gate, offset, x, weight, bn, act,
                                                                 stride, residual, needs_dx, needs_dw);
-  const int64_t floats = depthwise_backward_workspace(call.params, call.dtype);
+  const Tile tile = choose_tile(Kernel::kDepthwiseBackward, call.dtype, call.params.c, architecture);
+  const int64_t floats = depthwise_backward_workspace(call.params, call.dtype, tile);
   const at::Tensor workspace = at::empty({floats}, x.options().dtype(at::kFloat));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-  check_launch(kOp, depthwise_backward(call.params, call.dtype, workspace.mutable_data_ptr<float>(), stream));
+  check_launch(kOp, depthwise_backward(call.params, call.dtype, tile, workspace.mutable_data_ptr<float>(), stream));
   return {call.gx, call.sums, call.dw};
 }
 

@@ -24,6 +24,7 @@
   (kernel)<<<(grid), (block), (bytes), (stream)>>>(__VA_ARGS__)
 
 namespace mnet::cuda {
+
 inline cudaError_t launch_status() { return cudaGetLastError(); }
 
 // Lets a kernel have more than 48 KiB of shared memory.  Allowed while a graph is captured.
@@ -39,6 +40,9 @@ cudaError_t allow_shared(Kernel* kernel, int bytes) {
 #include "../common/portability.h"
 
 namespace mnet::cuda {
+
+MNET_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+MNET_HD int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // 16 bytes of a storage dtype, moved by one instruction.
 template <typename T>

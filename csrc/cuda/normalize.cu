@@ -6,14 +6,6 @@
 
 namespace mnet::cuda {
 
-// Blocks enough for every multiprocessor of a large card, several times over, but each with a run of positions long enough
-// that its coefficients and its partial sums are little beside what it reads.  (From counted bytes, not from timings.)
-constexpr int64_t kNormalizeBlocks = 8192;
-constexpr int64_t kSumBlocks = 1056;
-constexpr int64_t kEnoughBlocks = 256;  // of squeeze: below, an image is split
-constexpr int64_t kNormalizeRounds = 2;
-constexpr int64_t kSumRounds = 4;
-
 template <typename T>
 static NormalizeTiling deal_channels(const NormalizeParams& p) {
   using Traits = NormalizeTraits<T>;
@@ -35,19 +27,20 @@ static void deal_positions(NormalizeTiling& t, int64_t segments, int64_t segment
 }
 
 template <typename T>
-static NormalizeTiling tile_normalize(const NormalizeParams& p) {
+static NormalizeTiling tile_normalize(const NormalizeParams& p, const Tile& tile) {
   NormalizeTiling t = deal_channels<T>(p);
-  const int64_t least = kNormalizeRounds * NormalizeTraits<T>::kInFlight * t.lanes;
-  deal_positions(t, 1, p.n * p.area, divide_up(kNormalizeBlocks, t.channel_blocks), least);
+  const int64_t least = tile.least * NormalizeTraits<T>::kInFlight * t.lanes;
+  deal_positions(t, 1, p.n * p.area, divide_up(tile.blocks, t.channel_blocks), least);
   return t;
 }
 
 template <typename T>
-static NormalizeTiling tile_sums(const NormalizeParams& p, bool by_image) {
+static NormalizeTiling tile_sums(const NormalizeParams& p, const Tile& tile, bool by_image) {
   NormalizeTiling t = deal_channels<T>(p);
-  const int64_t least = kSumRounds * NormalizeTraits<T>::kInFlight * t.lanes, segments = by_image ? p.n : 1;
+  const int64_t least = tile.least * NormalizeTraits<T>::kInFlight * t.lanes, segments = by_image ? p.n : 1;
   const int64_t blocks = segments * t.channel_blocks;
-  const int64_t wanted = blocks >= kEnoughBlocks || blocks == 0 ? 1 : divide_up(kSumBlocks, blocks);
+  const int64_t enough = tile.enough == 0 ? tile.blocks : tile.enough;  // below, an image is split
+  const int64_t wanted = blocks >= enough || blocks == 0 ? 1 : divide_up(tile.blocks, blocks);
   deal_positions(t, segments, by_image ? p.area : p.n * p.area, wanted, least);
   return t;
 }
@@ -56,25 +49,25 @@ static int64_t partial_floats(const NormalizeTiling& t, const NormalizeParams& p
   return t.segments * t.parts * tables * p.c;
 }
 
-int64_t normalize_backward_workspace(const NormalizeParams& p, Dtype dtype) {
+int64_t normalize_backward_workspace(const NormalizeParams& p, Dtype dtype, const Tile& tile) {
   return with_storage(dtype, [&](auto zero) {
-    return partial_floats(tile_sums<decltype(zero)>(p, false), p, BackwardTerms::kTables);
+    return partial_floats(tile_sums<decltype(zero)>(p, tile, false), p, BackwardTerms::kTables);
   });
 }
 
-int64_t squeeze_workspace(const NormalizeParams& p, Dtype dtype) {
+int64_t squeeze_workspace(const NormalizeParams& p, Dtype dtype, const Tile& tile) {
   return with_storage(dtype, [&](auto zero) {
-    const NormalizeTiling t = tile_sums<decltype(zero)>(p, true);
+    const NormalizeTiling t = tile_sums<decltype(zero)>(p, tile, true);
     return t.parts > 1 ? partial_floats(t, p, SqueezeTerms::kTables) : 0;
   });
 }
 
 static unsigned grid(const NormalizeTiling& t) { return static_cast<unsigned>(t.segments * t.parts * t.channel_blocks); }
 
-cudaError_t normalize(const NormalizeParams& p, Dtype dtype, cudaStream_t stream) {
+cudaError_t normalize(const NormalizeParams& p, Dtype dtype, const Tile& tile, cudaStream_t stream) {
   return with_storage(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const NormalizeTiling tiling = tile_normalize<T>(p);
+    const NormalizeTiling tiling = tile_normalize<T>(p, tile);
     if (grid(tiling) == 0) return cudaSuccess;
     const auto kernel = p.operand == nullptr ? normalize_kernel<T, false> : normalize_kernel<T, true>;
     MNET_LAUNCH(kernel, grid(tiling), NormalizeTraits<T>::kThreads, stream, p, tiling);
@@ -84,8 +77,8 @@ cudaError_t normalize(const NormalizeParams& p, Dtype dtype, cudaStream_t stream
 
 // Sums into `table` [rows, segments, c], by way of the workspace where a segment has several parts, or none.
 template <typename T, typename Terms>
-static cudaError_t sum(const NormalizeParams& p, bool by_image, float* workspace, cudaStream_t stream) {
-  const NormalizeTiling tiling = tile_sums<T>(p, by_image);
+static cudaError_t sum(const NormalizeParams& p, const Tile& tile, bool by_image, float* workspace, cudaStream_t stream) {
+  const NormalizeTiling tiling = tile_sums<T>(p, tile, by_image);
   const int64_t c = p.c, table = Terms::kTables * c, whole = tiling.segments * c;
   const bool direct = tiling.parts == 1;
   NormalizeSums to{workspace, tiling.parts * table, table, c, by_image ? static_cast<float>(p.area) : 1.f};
@@ -99,12 +92,14 @@ static cudaError_t sum(const NormalizeParams& p, bool by_image, float* workspace
   return combine_sums({workspace, tiling.segments, tiling.parts, table, Terms::kTables, p.c, p.table, c, whole, 1}, stream);
 }
 
-cudaError_t normalize_backward(const NormalizeParams& p, Dtype dtype, float* workspace, cudaStream_t stream) {
-  return with_storage(dtype, [&](auto zero) { return sum<decltype(zero), BackwardTerms>(p, false, workspace, stream); });
+cudaError_t normalize_backward(const NormalizeParams& p, Dtype dtype, const Tile& tile, float* workspace,
+                               cudaStream_t stream) {
+  return with_storage(dtype, [&](auto zero) { return sum<decltype(zero), BackwardTerms>(p, tile, false, workspace, stream); });
 }
 
-cudaError_t squeeze(const NormalizeParams& p, Dtype dtype, float* workspace, cudaStream_t stream) {
-  return with_storage(dtype, [&](auto zero) { return sum<decltype(zero), SqueezeTerms>(p, true, workspace, stream); });
+cudaError_t squeeze(const NormalizeParams& p, Dtype dtype, const Tile& tile, float* workspace,
+                               cudaStream_t stream) {
+  return with_storage(dtype, [&](auto zero) { return sum<decltype(zero), SqueezeTerms>(p, tile, true, workspace, stream); });
 }
 
 }  // namespace mnet::cuda

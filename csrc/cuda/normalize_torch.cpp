@@ -13,32 +13,35 @@ namespace mnet::cuda {
 static at::Tensor normalize_op(const at::Tensor& y, const at::Tensor& bn, int64_t act,
                                const std::optional<at::Tensor>& residual) {
   const c10::cuda::CUDAGuard guard(y.device());
-  check_device("normalize", y.device());
+  const int architecture = check_device("normalize", y.device());
   const NormalizeCall call = prepare_normalize(y, bn, act, residual);
-  check_launch("normalize", normalize(call.params, call.dtype, c10::cuda::getCurrentCUDAStream().stream()));
+  const Tile tile = choose_tile(Kernel::kNormalize, call.dtype, call.params.c, architecture);
+  check_launch("normalize", normalize(call.params, call.dtype, tile, c10::cuda::getCurrentCUDAStream().stream()));
   return call.result;
 }
 
 static at::Tensor normalize_backward_op(const at::Tensor& grad, const at::Tensor& y, const at::Tensor& bn, int64_t act) {
   const c10::cuda::CUDAGuard guard(y.device());
-  check_device("normalize_backward", y.device());
+  const int architecture = check_device("normalize_backward", y.device());
   const NormalizeCall call = prepare_normalize_backward(grad, y, bn, act);
-  const int64_t floats = normalize_backward_workspace(call.params, call.dtype);
+  const Tile tile = choose_tile(Kernel::kNormalizeSums, call.dtype, call.params.c, architecture);
+  const int64_t floats = normalize_backward_workspace(call.params, call.dtype, tile);
   const at::Tensor workspace = at::empty({floats}, y.options().dtype(at::kFloat));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
   check_launch("normalize_backward",
-               normalize_backward(call.params, call.dtype, workspace.mutable_data_ptr<float>(), stream));
+               normalize_backward(call.params, call.dtype, tile, workspace.mutable_data_ptr<float>(), stream));
   return call.result;
 }
 
 static at::Tensor squeeze_op(const at::Tensor& y, const at::Tensor& bn, int64_t act) {
   const c10::cuda::CUDAGuard guard(y.device());
-  check_device("squeeze", y.device());
+  const int architecture = check_device("squeeze", y.device());
   const NormalizeCall call = prepare_squeeze(y, bn, act);
-  const int64_t floats = squeeze_workspace(call.params, call.dtype);
+  const Tile tile = choose_tile(Kernel::kNormalizeSums, call.dtype, call.params.c, architecture);
+  const int64_t floats = squeeze_workspace(call.params, call.dtype, tile);
   const at::Tensor workspace = at::empty({floats}, y.options().dtype(at::kFloat));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-  check_launch("squeeze", squeeze(call.params, call.dtype, workspace.mutable_data_ptr<float>(), stream));
+  check_launch("squeeze", squeeze(call.params, call.dtype, tile, workspace.mutable_data_ptr<float>(), stream));
   return call.result;
 }
 

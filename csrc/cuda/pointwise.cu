@@ -12,20 +12,21 @@ static int64_t weight_bytes(const PointwiseParams& p, Dtype dtype) {
 }
 
 template <typename Traits>
-static RowTiling make_tiling(const PointwiseParams& p) {
-  return deal_rows<Traits>(1, p.positions(), p.e);
+static RowTiling make_tiling(const PointwiseParams& p, const Tile& tile) {
+  return deal_rows<Traits>(1, p.positions(), p.e, tile);
 }
 
-int64_t pointwise_workspace(const PointwiseParams& p, Dtype dtype) {
+int64_t pointwise_workspace(const PointwiseParams& p, Dtype dtype, const Tile& tile) {
   // float32's two tiles deal positions alike.
-  const int64_t chunks = with_product(dtype, true, p.e, [&](auto traits) { return make_tiling<decltype(traits)>(p).chunks; });
+  const int64_t chunks =
+      with_product(dtype, true, tile, [&](auto traits) { return make_tiling<decltype(traits)>(p, tile).chunks; });
   return weight_bytes(p, dtype) + (p.moments == nullptr ? 0 : chunks * 3 * p.e * static_cast<int64_t>(sizeof(float)));
 }
 
 template <typename Traits>
-static cudaError_t launch(const PointwiseParams& p, Dtype dtype, void* workspace, cudaStream_t stream) {
+static cudaError_t launch(const PointwiseParams& p, Dtype dtype, const Tile& tile, void* workspace, cudaStream_t stream) {
   using T = typename Traits::T;
-  const RowTiling tiling = make_tiling<Traits>(p);
+  const RowTiling tiling = make_tiling<Traits>(p, tile);
   const int64_t packed = weight_bytes(p, dtype);
   auto* const partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + packed);
   if (tiling.chunks > 0) {
@@ -49,8 +50,10 @@ static cudaError_t launch(const PointwiseParams& p, Dtype dtype, void* workspace
   return combine_moments(partials, tiling.chunks, p.e, p.moments, stream);
 }
 
-cudaError_t pointwise(const PointwiseParams& p, Dtype dtype, bool tf32, void* workspace, cudaStream_t stream) {
-  return with_product(dtype, tf32, p.e, [&](auto traits) { return launch<decltype(traits)>(p, dtype, workspace, stream); });
+cudaError_t pointwise(const PointwiseParams& p, Dtype dtype, const Tile& tile, bool tf32, void* workspace,
+                      cudaStream_t stream) {
+  return with_product(dtype, tf32, tile,
+                      [&](auto traits) { return launch<decltype(traits)>(p, dtype, tile, workspace, stream); });
 }
 
 }  // namespace mnet::cuda

@@ -14,20 +14,24 @@
 namespace mnet::cuda {
 
 static std::tuple<at::Tensor, at::Tensor, at::Tensor> pointwise_backward_op(
-    const at::Tensor& grad, const at::Tensor& y, const at::Tensor& y_bn, const at::Tensor& coef, int64_t y_act,
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bn, int64_t act,
-    const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& residual, bool needs_dx, bool needs_sums,
-    bool needs_dw) {
+    const std::optional<at::Tensor>& grad, const at::Tensor& y, const at::Tensor& y_bn, const at::Tensor& coef,
+    int64_t y_act, const std::optional<at::Tensor>& offset, const at::Tensor& x, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bn, int64_t act, const std::optional<at::Tensor>& gate,
+    const std::optional<at::Tensor>& residual, bool needs_dx, bool needs_sums, bool needs_dw) {
   const char* op = "pointwise_backward";
   const c10::cuda::CUDAGuard guard(x.device());
-  check_device(op, x.device());
-  const PointwiseBackwardCall call = prepare_pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate,
-                                                                residual, needs_dx, needs_sums, needs_dw);
+  const int architecture = check_device(op, x.device());
+  const PointwiseBackwardCall call = prepare_pointwise_backward(grad, y, y_bn, coef, y_act, offset, x, weight, bn, act,
+                                                                gate, residual, needs_dx, needs_sums, needs_dw);
+  const PointwiseBackwardTiles tiles{
+      choose_tile(Kernel::kPointwiseInputGradient, call.dtype, call.params.c, architecture),
+      choose_tile(Kernel::kPointwiseWeightGradient, call.dtype, call.params.c, architecture),
+      choose_tile(Kernel::kPointwiseBothGradients, call.dtype, call.params.c, architecture)};
   const bool tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);  // as torch's convolution asks
-  const int64_t bytes = pointwise_backward_workspace(call.params, call.dtype);
+  const int64_t bytes = pointwise_backward_workspace(call.params, call.dtype, tiles);
   const at::Tensor workspace = at::empty({bytes}, x.options().dtype(at::kByte));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-  check_launch(op, pointwise_backward(call.params, call.dtype, tf32, workspace.mutable_data_ptr(), stream));
+  check_launch(op, pointwise_backward(call.params, call.dtype, tiles, tf32, workspace.mutable_data_ptr(), stream));
   return {call.gx, call.sums, call.dw};
 }
 

@@ -90,8 +90,6 @@ MNET_DEVICE Words words_of(const float (&v)[kVec]) {
   return words;
 }
 
-MNET_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Division of positions by those of an image, without a division: the 64-bit one is a call that spills registers.
 struct Images {
   int64_t positions;  // of an image

@@ -11,8 +11,9 @@ using namespace mnet;
 using namespace mnet::test;
 
 static void run(BackwardProblem& problem, const DepthwiseBackwardParams& p) {
-  std::vector<float> workspace(cuda::depthwise_backward_workspace(p, problem.dtype), std::nanf(""));
-  if (cuda::depthwise_backward(p, problem.dtype, workspace.data(), nullptr) != cudaSuccess) ++failures;
+  const cuda::Tile tile = cuda::choose_tile(cuda::Kernel::kDepthwiseBackward, problem.dtype, p.c, 80);
+  std::vector<float> workspace(cuda::depthwise_backward_workspace(p, problem.dtype, tile), std::nanf(""));
+  if (cuda::depthwise_backward(p, problem.dtype, tile, workspace.data(), nullptr) != cudaSuccess) ++failures;
 }
 
 // What is not asked for is not written, and the rest is the same without it.

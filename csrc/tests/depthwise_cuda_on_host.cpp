@@ -19,11 +19,12 @@ int main() try {
       std::vector<double> first_y;
       std::vector<float> first_moments;
       const bool small = size < 20000;
+      const cuda::Tile tile = cuda::choose_tile(cuda::Kernel::kDepthwise, dtype, shape.c, 80);
       for (const host::Schedule schedule : host::kSchedules) {
         if (!small && schedule != host::Schedule::kForward && schedule != host::Schedule::kRandomWarps) continue;
         host::schedule = schedule;
-        std::vector<float> workspace(cuda::depthwise_workspace(problem.params, dtype), std::nanf(""));
-        if (cuda::depthwise(problem.params, dtype, workspace.data(), nullptr) != cudaSuccess) ++failures;
+        std::vector<float> workspace(cuda::depthwise_workspace(problem.params, dtype, tile), std::nanf(""));
+        if (cuda::depthwise(problem.params, dtype, tile, workspace.data(), nullptr) != cudaSuccess) ++failures;
         std::vector<double> y;
         for (int64_t i = 0; i < size; ++i) y.push_back(problem.y.get(i));
         if (schedule == host::Schedule::kForward) {

@@ -1,118 +1,28 @@
-// The CPU kernels of algebraic mode, of every capability this machine has, against loops in double, element by element.
-// Pre-activations keep away from the kinks: x and W are bounded, and each channel's shift lies well inside one piece of its
-// activation, so that no mask depends on a rounding.
+// The CPU kernels of algebraic mode, of every capability this machine has, against loops in double.
 #include <cstdio>
 
 #include "../cpu/expand.h"
 #include "../cpu/expand_backward.h"
-#include "stage_data.h"
+#include "expand_reference.h"
 
 using namespace mnet;
 using namespace mnet::test;
 
-struct Shape {
-  int n, c, e, o, h, w, kernel, stride, act;
-  bool gated, shifted;
-};
-
-static std::vector<float> uniform(std::mt19937_64& random, int64_t size, double low, double high) {
-  std::uniform_real_distribution<double> values(low, high);
-  std::vector<float> out(size);
-  for (float& v : out) v = static_cast<float>(values(random));
-  return out;
-}
-
-// bn [5, c] whose scale * v + shift is at least 0.3 away from -3, 0, 3 and 6 for every |v| <= 1.
-static std::vector<float> safe_table(std::mt19937_64& random, int c) {
-  constexpr float kShifts[] = {-4.1f, -1.5f, 1.5f, 4.5f, 7.5f};
-  std::vector<float> table = uniform(random, 5 * c, 0.3, 0.8);
-  for (int i = 0; i < c; ++i) {
-    if (random() % 2) table[i] = -table[i];
-    table[c + i] = kShifts[random() % 5];
-  }
-  return table;
-}
-
-static void fill(std::mt19937_64& random, Dtype dtype, Buffer& buffer, int64_t size, double low, double high) {
-  std::uniform_real_distribution<double> values(low, high);
-  for (int64_t i = 0; i < size; ++i) buffer.set(i, round_to(dtype, values(random)));
-}
-
-struct Block {
-  const Shape& s;
-  Dtype dtype;
+struct Block : ExpandProblem {
   cpu::Capability capability;
-  Check& check;
-  int oh, ow, taps, pad;
-  int64_t in, out;  // positions
-  double unit, unit32 = std::ldexp(1.0, -24);
-  std::mt19937_64 random;
-  Buffer x, weight, project, depthwise, y, y3, grad, dx;
-  std::vector<float> shift, bn, y_bn, y3_bn, y_coef, y3_coef, gate, offset;
-  std::vector<double> xk, z, slope;  // x - k [in, c]; z1 and act'(u1) [in, e]
+  Buffer project, y, y3, grad, dx;
+  std::vector<float> y_bn, y3_bn, y_coef, y3_coef, gate, offset;
 
-  Block(const Shape& shape, Dtype d, cpu::Capability level, Check& c, uint64_t seed)
-      : s(shape), dtype(d), capability(level), check(c), oh((s.h - 1) / s.stride + 1), ow((s.w - 1) / s.stride + 1),
-        taps(s.kernel * s.kernel), pad(s.kernel / 2), in(int64_t{s.n} * s.h * s.w), out(int64_t{s.n} * oh * ow),
-        unit(std::ldexp(1.0, -significant_bits(d))), random(seed), x(d, in * s.c), weight(d, int64_t{s.e} * s.c),
-        project(d, int64_t{s.o} * s.e), depthwise(d, int64_t{s.e} * taps), y(d, out * s.e), y3(d, out * s.o),
-        grad(d, out * s.o), dx(d, in * s.c), shift(s.c), bn(safe_table(random, s.e)), y_bn(safe_table(random, s.e)),
+  Block(const ExpandShape& shape, Dtype d, cpu::Capability level, Check& c, uint64_t seed)
+      : ExpandProblem(shape, d, c, seed), capability(level), project(d, int64_t{s.o} * s.e), y(d, out * s.e),
+        y3(d, out * s.o), grad(d, out * s.o), dx(d, in * s.c), y_bn(safe_table(random, s.e)),
         y3_bn(safe_table(random, s.o)), y_coef(uniform(random, 4 * s.e, -0.2, 0.2)),
         y3_coef(uniform(random, 4 * s.o, -0.2, 0.2)), gate(uniform(random, int64_t{s.n} * s.e, 0, 1)),
-        offset(uniform(random, int64_t{s.n} * s.e, -1, 1)), xk(in * s.c), z(in * s.e), slope(in * s.e) {
-    fill(random, d, x, in * s.c, -1, 1);
-    fill(random, d, weight, int64_t{s.e} * s.c, -1.0 / s.c, 1.0 / s.c);
+        offset(uniform(random, int64_t{s.n} * s.e, -1, 1)) {
     fill(random, d, project, int64_t{s.o} * s.e, -1, 1);
-    fill(random, d, depthwise, int64_t{s.e} * taps, -1, 1);
     fill(random, d, y, out * s.e, -1, 1);
     fill(random, d, y3, out * s.o, -1, 1);
     fill(random, d, grad, out * s.o, -1, 1);
-    for (int i = 0; s.shifted && i < s.c; i += 2) {  // x - k is exact
-      shift[i] = 8.f;
-      for (int64_t p = 0; p < in; ++p) x.set(p * s.c + i, 8.0 + std::ldexp(std::nearbyint(std::ldexp(x.get(p * s.c + i), 4)), -4));
-    }
-    for (int64_t i = 0; i < in * s.c; ++i) xk[i] = x.get(i) - shift[i % s.c];
-    for (int64_t p = 0; p < in; ++p) {
-      for (int e = 0; e < s.e; ++e) {
-        double y1 = 0.0;
-        for (int c = 0; c < s.c; ++c) y1 += xk[p * s.c + c] * weight.get(int64_t{e} * s.c + c);
-        const auto u = static_cast<float>(bn[e] * y1 + bn[s.e + e]);
-        z[p * s.e + e] = round_to(d, act_value(s.act, u));
-        slope[p * s.e + e] = act_slope(s.act, u);
-      }
-    }
-  }
-
-  ExpandLayer layer() { return {x.data(), shift.data(), weight.data(), s.c, 1, s.c}; }
-
-  template <typename Params>
-  void geometry(Params& p) {
-    p.weight = depthwise.data();
-    p.weight_stride_c = taps;
-    p.weight_stride_h = s.kernel;
-    p.weight_stride_w = 1;
-    p.n = s.n;
-    p.c = s.e;
-    p.h = s.h;
-    p.w = s.w;
-    p.out_h = oh;
-    p.out_w = ow;
-    p.kernel = s.kernel;
-    p.stride = s.stride;
-    p.act = static_cast<Activation>(s.act);
-    p.bn = bn.data();
-  }
-
-  // f(input position, output position, tap) wherever a tap meets the image.
-  template <typename F>
-  void for_taps(F&& f) const {
-    for (int64_t q = 0; q < out; ++q) {
-      const int64_t image = q / (oh * ow), row = q / ow % oh, column = q % ow;
-      for (int tap = 0; tap < taps; ++tap) {
-        const int64_t ih = row * s.stride - pad + tap / s.kernel, iw = column * s.stride - pad + tap % s.kernel;
-        if (ih >= 0 && ih < s.h && iw >= 0 && iw < s.w) f((image * s.h + ih) * s.w + iw, q, tap);
-      }
-    }
   }
 
   void gram();
@@ -130,24 +40,7 @@ void Block::gram() {
     cpu::gram_units(p, dtype, plan, i, i + 1, workspace.data(), capability);
   }
   cpu::gram_finish(p, dtype, plan, workspace.data(), capability);
-  std::vector<double> mean(s.c, 0.0);
-  for (int64_t i = 0; i < in * s.c; ++i) mean[i % s.c] += x.get(i) / static_cast<double>(in);
-  for (int i = 0; i < s.c; ++i) {
-    for (int j = 0; j < s.c; ++j) {
-      double want = 0.0, magnitude = 0.0;
-      for (int64_t p_ = 0; p_ < in; ++p_) {
-        const double term = (x.get(p_ * s.c + i) - mean[i]) * (x.get(p_ * s.c + j) - mean[j]) / static_cast<double>(in);
-        want += term;
-        magnitude += std::fabs(term);
-      }
-      check("covariance", i * s.c + j, table[i * s.c + j], want, 16 * unit32 * magnitude + 1e-30);
-      if (i != j) continue;
-      const double ratio = std::fabs(mean[i]) / std::sqrt(want + 1e-30), k = table[(s.c + 1) * s.c + i];
-      if (in > 0 && ratio > 4.1) check("shift", i, k, round_to(dtype, mean[i]), 2 * unit * std::fabs(mean[i]));
-      if (ratio < 3.9) check("shift", i, k, 0.0, 0.0);
-    }
-    check("mean", i, table[s.c * s.c + i], mean[i], 4 * unit32 * (std::fabs(mean[i]) + 1));
-  }
+  check_gram(table);
 }
 
 void Block::forward() {
@@ -166,27 +59,7 @@ void Block::forward() {
     cpu::expand_depthwise_units(p, dtype, plan, i, i + 1, packed.data(), sums.data(), capability);
   }
   cpu::expand_depthwise_finish(p, plan, sums.data());
-
-  std::vector<double> want(out * s.e, 0.0), magnitude(out * s.e, 0.0);
-  for_taps([&](int64_t position, int64_t q, int tap) {
-    for (int e = 0; e < s.e; ++e) {
-      const double term = z[position * s.e + e] * depthwise.get(int64_t{e} * taps + tap);
-      want[q * s.e + e] += term;
-      // z may have been rounded to its other neighbour
-      magnitude[q * s.e + e] += std::fabs(term) * (2 * unit + 32 * unit32) + 8 * unit32;
-    }
-  });
-  for (int e = 0; e < s.e; ++e) {
-    double mean = 0.0, variance = 0.0;
-    for (int64_t q = 0; q < out; ++q) {
-      const double got = to.get(q * s.e + e);
-      check("y", q * s.e + e, got, want[q * s.e + e], magnitude[q * s.e + e] + unit * std::fabs(want[q * s.e + e]));
-      mean += got / static_cast<double>(out);
-    }
-    for (int64_t q = 0; q < out; ++q) variance += std::pow(to.get(q * s.e + e) - mean, 2) / static_cast<double>(out);
-    check("moments", e, moments[e], mean, 8 * unit32 * (std::fabs(mean) + std::sqrt(variance)));
-    check("moments", s.e + e, moments[s.e + e], variance, 1e-5 * variance);
-  }
+  check_forward(to, moments);
 }
 
 void Block::backward() {
@@ -321,7 +194,7 @@ static void check_product(cpu::Capability capability) {
 }
 
 int main() {
-  std::vector<Shape> shapes = {{1, 1, 1, 1, 1, 1, 3, 1, 2, false, false},   {2, 5, 13, 3, 1, 7, 5, 2, 3, true, true},
+  std::vector<ExpandShape> shapes = {{1, 1, 1, 1, 1, 1, 3, 1, 2, false, false},   {2, 5, 13, 3, 1, 7, 5, 2, 3, true, true},
                                {0, 4, 6, 5, 3, 3, 3, 1, 2, false, false},   {17, 7, 9, 5, 5, 4, 3, 1, 1, false, true},
                                {1, 34, 70, 19, 29, 11, 3, 1, 2, true, true}, {1, 90, 200, 130, 6, 7, 3, 2, 3, false, false},
                                {1, 3, 20, 4, 2, 150, 5, 1, 2, false, true}, {1, 200, 300, 40, 9, 3, 3, 1, 2, false, true},
@@ -337,7 +210,7 @@ int main() {
     const auto capability = static_cast<cpu::Capability>(level);
     check_product(capability);
     for (const Dtype dtype : kDtypes) {
-      for (const Shape& s : shapes) {
+      for (const ExpandShape& s : shapes) {
         char label[160];
         std::snprintf(label, sizeof label, "%s %s n%d c%d e%d o%d %dx%d k%d s%d act %d gated %d shifted %d",
                       cpu::capability_name(capability), name(dtype), s.n, s.c, s.e, s.o, s.h, s.w, s.kernel, s.stride, s.act,

@@ -14,13 +14,15 @@ using namespace mnet::test;
 static void run(NormalizeProblem& problem, bool residual) {
   NormalizeParams p = problem.params;
   if (!residual) p.operand = nullptr;
-  if (cuda::normalize(p, problem.dtype, nullptr) != cudaSuccess) ++failures;
+  const cuda::Tile maps = cuda::choose_tile(cuda::Kernel::kNormalize, problem.dtype, p.c, 80);
+  const cuda::Tile sums = cuda::choose_tile(cuda::Kernel::kNormalizeSums, problem.dtype, p.c, 80);
+  if (cuda::normalize(p, problem.dtype, maps, nullptr) != cudaSuccess) ++failures;
   p = problem.with_table(problem.sums);
-  std::vector<float> workspace(cuda::normalize_backward_workspace(p, problem.dtype), std::nanf(""));
-  if (cuda::normalize_backward(p, problem.dtype, workspace.data(), nullptr) != cudaSuccess) ++failures;
+  std::vector<float> workspace(cuda::normalize_backward_workspace(p, problem.dtype, sums), std::nanf(""));
+  if (cuda::normalize_backward(p, problem.dtype, sums, workspace.data(), nullptr) != cudaSuccess) ++failures;
   p = problem.with_table(problem.squeezed);
-  workspace.assign(cuda::squeeze_workspace(p, problem.dtype), std::nanf(""));
-  if (cuda::squeeze(p, problem.dtype, workspace.data(), nullptr) != cudaSuccess) ++failures;
+  workspace.assign(cuda::squeeze_workspace(p, problem.dtype, sums), std::nanf(""));
+  if (cuda::squeeze(p, problem.dtype, sums, workspace.data(), nullptr) != cudaSuccess) ++failures;
 }
 
 static void check_normalize(int n, int c, int area, int act, int skew, Dtype dtype, uint64_t seed) {

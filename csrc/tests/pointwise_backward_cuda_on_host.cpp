@@ -1,8 +1,8 @@
 // The CUDA kernels of the pointwise backward, run on the CPU (cuda_host.h) under every schedule, against sums in double.
 #include <cstdio>
 #include <cstdlib>
+#include <tuple>
 
-#define MNET_POINTWISE_MAX_RUNS 5
 #include "../cuda/combine.cu"
 #include "../cuda/pointwise_backward.cu"  // the launcher itself, its launches replaced
 #include "pointwise_reference.h"
@@ -28,7 +28,7 @@ static bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;  // what is not wanted stays a NaN
 }
 
-static bool check(const BackwardCase& k, Dtype dtype, bool tf32, uint64_t seed) {
+static bool check(const BackwardCase& k, Dtype dtype, bool tf32, const cuda::PointwiseBackwardTiles& tiles, uint64_t seed) {
   test::PointwiseProblem problem(k.shape, dtype, seed);
   PointwiseBackwardParams p = problem.backward();
   if (k.wanted == kNoDw) p.dw = nullptr;
@@ -43,9 +43,9 @@ static bool check(const BackwardCase& k, Dtype dtype, bool tf32, uint64_t seed) 
   for (const host::Schedule schedule : host::kSchedules) {
     if (!small && schedule != host::Schedule::kForward && schedule != host::Schedule::kRandomWarps) continue;
     host::schedule = schedule;
-    const auto workspace = allocate(cuda::pointwise_backward_workspace(p, dtype));
+    const auto workspace = allocate(cuda::pointwise_backward_workspace(p, dtype, tiles));
     for (int64_t i = 0; i < size; ++i) problem.gx.set(i, std::nan(""));
-    if (cuda::pointwise_backward(p, dtype, tf32, workspace.get(), nullptr) != cudaSuccess) return false;
+    if (cuda::pointwise_backward(p, dtype, tiles, tf32, workspace.get(), nullptr) != cudaSuccess) return false;
     std::vector<double> gx;
     for (int64_t i = 0; p.gx != nullptr && i < size; ++i) gx.push_back(problem.gx.get(i));
     if (schedule == host::Schedule::kForward) {
@@ -70,6 +70,8 @@ int main() try {
       {{2, 35, 136, 72, 1, false, false}},   // the wide one, several blocks, two steps
       {{2, 35, 24, 136, -1, false, true}},   // with a residual
       {{1, 40, 16, 24, -1, false, false}},
+      {{3, 130, 17, 150, 2, false, false}},  // both gradients in one pass: three steps, several tiles and runs
+      {{1, 700, 70, 100, -1, false, true}},  // two steps, two blocks of columns
       {{3, 70, 24, 16, 3, true, false}},     // the image table, two tiles an image
       {{5, 1, 8, 8, 2, true, false}},
       {{2, 20, 16, 8, 4, true, false}},
@@ -88,6 +90,11 @@ int main() try {
   test::PointwiseCase unaligned{1, 40, 16, 16, 2, false, false}, transposed{1, 40, 16, 40, 2, false, false};
   unaligned.skew = 1;
   transposed.weight_transposed = true;
+  for (const auto& [images, area, e] : {std::tuple{5, 33, 40}, {40, 1, 16}, {3, 70, 21}, {0, 4, 16}}) {
+    test::PointwiseCase pooled{images, area, 24, e, 2, false, false};
+    pooled.pooled = true;
+    cases.push_back({pooled});
+  }
   cases.push_back({unaligned});
   cases.push_back({transposed});
   int failures = 0, checks = 0;
@@ -95,7 +102,23 @@ int main() try {
     for (const Dtype dtype : test::kDtypes) {
       if (!tf32 && dtype != Dtype::kFloat32) continue;
       for (const BackwardCase& k : cases) {
-        failures += !check(k, dtype, tf32, ++checks);
+        cuda::PointwiseBackwardTiles tiles{
+            cuda::choose_tile(cuda::Kernel::kPointwiseInputGradient, dtype, k.shape.c, 80),
+            cuda::choose_tile(cuda::Kernel::kPointwiseWeightGradient, dtype, k.shape.c, 80),
+            cuda::choose_tile(cuda::Kernel::kPointwiseBothGradients, dtype, k.shape.c, 80)};
+        const int chosen = tiles.input.index;
+        const int compiled = cuda::compiled_tiles(cuda::Kernel::kPointwiseInputGradient, cuda::storage_bits(dtype));
+        tiles.input.runs = tiles.weight.runs = tiles.both.runs = 5;  // blocks walk over several tiles of small maps
+        tiles.both.least = 1;
+        if (tiles.both.index == 1) {
+          failures += !check(k, dtype, tf32, tiles, ++checks);
+          tiles.both.index = 0;
+        }
+        for (tiles.input.index = 0; tiles.input.index < compiled; ++tiles.input.index) {
+          // the others, which an override may choose, for what is small
+          const bool small = k.wanted != kOnlyDw && k.shape.images * k.shape.area < 200;
+          if (tiles.input.index == chosen || small) failures += !check(k, dtype, tf32, tiles, ++checks);
+        }
         if (failures > 0 && std::getenv("MNET_PLANT") != nullptr) return 1;  // found it
       }
     }

@@ -2,7 +2,6 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define MNET_POINTWISE_MAX_RUNS 2
 #include "../cuda/combine.cu"
 #include "../cuda/pointwise.cu"  // the launcher itself, its launches replaced
 #include "pointwise_reference.h"
@@ -16,7 +15,7 @@ static std::unique_ptr<char[]> allocate(int64_t bytes) {
   return memory;
 }
 
-static bool check(const test::PointwiseCase& shape, Dtype dtype, bool tf32, uint64_t seed) {
+static bool check(const test::PointwiseCase& shape, Dtype dtype, bool tf32, const cuda::Tile& tile, uint64_t seed) {
   test::PointwiseProblem problem(shape, dtype, seed);
   const PointwiseParams p = problem.forward();
   const bool curved = p.act >= Activation::kHardswish;  // its own multiply-adds may be fused there and not here
@@ -27,9 +26,9 @@ static bool check(const test::PointwiseCase& shape, Dtype dtype, bool tf32, uint
   for (const host::Schedule schedule : host::kSchedules) {
     if (!small && schedule != host::Schedule::kForward && schedule != host::Schedule::kRandomWarps) continue;
     host::schedule = schedule;
-    const auto workspace = allocate(cuda::pointwise_workspace(p, dtype));
+    const auto workspace = allocate(cuda::pointwise_workspace(p, dtype, tile));
     for (int64_t i = 0; i < problem.positions * shape.e; ++i) problem.y.set(i, std::nan(""));
-    if (cuda::pointwise(p, dtype, tf32, workspace.get(), nullptr) != cudaSuccess) return false;
+    if (cuda::pointwise(p, dtype, tile, tf32, workspace.get(), nullptr) != cudaSuccess) return false;
     std::vector<double> y;
     for (int64_t i = 0; i < problem.positions * shape.e; ++i) y.push_back(problem.y.get(i));
     if (schedule == host::Schedule::kForward) {
@@ -73,7 +72,13 @@ int main() try {
     for (const Dtype dtype : test::kDtypes) {
       if (!tf32 && dtype != Dtype::kFloat32) continue;
       for (const auto& shape : cases) {
-        failures += !check(shape, dtype, tf32, ++checks);
+        cuda::Tile tile = cuda::choose_tile(cuda::Kernel::kPointwise, dtype, shape.e, 80);
+        const int chosen = tile.index, tiles = cuda::compiled_tiles(cuda::Kernel::kPointwise, cuda::storage_bits(dtype));
+        tile.runs = 2;  // blocks walk over several tiles of small maps
+        for (tile.index = 0; tile.index < tiles; ++tile.index) {
+          // the others, which an override may choose, for what is small
+          if (tile.index == chosen || shape.images * shape.area < 200) failures += !check(shape, dtype, tf32, tile, ++checks);
+        }
         if (failures > 0 && std::getenv("MNET_PLANT") != nullptr) return 1;  // found it
       }
     }

@@ -6,7 +6,8 @@ name        what runs                                                    device
 native      plain torch ops with torch's own autograd                    any
 reference   the fused block's stages in plain torch (the oracle)         any
 cpu         the fused block's stages in C++                              CPU
-cuda        the fused block's stages in CUDA C++                         CUDA, capability >= 8.0
+cuda        the fused block's stages in CUDA C++ (of algebraic mode the  CUDA, capability >= 8.0
+            forward ones)
 triton      the fused block's stages in Triton (chain mode)              CUDA, capability >= 8.0
 ==========  ===========================================================  =======================
 """
@@ -31,9 +32,10 @@ MODE_STAGES = {
     "chain": frozenset(_COMMON | {"depthwise", "depthwise_backward"}),
     "algebraic": frozenset(_COMMON | {name for name in schema.NAMES if name.startswith("expand_")} | {"gram"}),
 }
-
-
 STEM_STAGES = frozenset({"stem", "stem_backward"})  # where they lack, that one layer runs on torch's own ops
+BACKWARD_STAGES = frozenset({"expand_mix"} | {name for name in schema.NAMES if name.endswith("_backward")})
+# The most input channels of a block that a backend's algebraic kernels take.
+WIDEST = {"cuda": 64}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -51,9 +53,13 @@ def implemented(backend):
     raise ValueError(f"backend {backend!r} has no stages, expected one of {', '.join(NAMES[1:])}")
 
 
-def missing_stages(backend, mode):
-    """Stages of a mode that the backend lacks, in schema order (the reference runs them)."""
-    return tuple(n for n in schema.NAMES if n in MODE_STAGES[mode] and n not in implemented(backend))
+def missing_stages(backend, mode, trains=True):
+    """Stages of a mode that the backend lacks, in schema order (the reference runs them).
+
+    Without gradients (``trains`` False) those of the backward are not needed.
+    """
+    needed = MODE_STAGES[mode] if trains else MODE_STAGES[mode] - BACKWARD_STAGES
+    return tuple(n for n in schema.NAMES if n in needed and n not in implemented(backend))
 
 
 def whole(backend, mode):
@@ -64,6 +70,23 @@ def whole(backend, mode):
 def has_stem(backend):
     """Whether the backend has the stages of the stem."""
     return implemented(backend) >= STEM_STAGES
+
+
+def why_not_algebraic(backend, wide, trains):
+    """Why a backend that has chain mode whole cannot run a block in algebraic mode; None if it can, or has neither.
+
+    ``wide``: the block's input has more channels than WIDEST says.
+    """
+    if not whole(backend, "chain"):
+        return None
+    lacking = missing_stages(backend, "algebraic", trains)
+    if lacking:
+        return f"it has no kernel yet for {', '.join(lacking)}" + (
+            ""
+            if missing_stages(backend, "algebraic", False)
+            else ", which only a call without gradients can do without"
+        )
+    return f"its kernels take blocks of at most {WIDEST[backend]} input channels" if wide else None
 
 
 def why_unavailable(backend, device):

@@ -106,6 +106,11 @@ def load():
         _warn(_reason)
 
 
+def extension():
+    """The extension's module, None where there is none."""
+    return _extension
+
+
 def info():
     """What is loaded; ``reason`` tells why there is no extension, or no CUDA in it."""
     if _extension is None:

@@ -11,7 +11,20 @@ import torch
 from ..models import MODELS
 from ..training.checkpoint import write_atomic
 from ..training.config import AMP_DTYPES
-from . import BenchError, compare, environment, host, modes, providers, report, shapes, stage_subjects, table, timing
+from . import (
+    BenchError,
+    compare,
+    environment,
+    host,
+    modes,
+    providers,
+    report,
+    shapes,
+    stage_subjects,
+    table,
+    tiles,
+    timing,
+)
 from .subjects import Setting
 
 DESCRIPTION = """\
@@ -70,6 +83,9 @@ def build_parser():
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
     add("--clock", choices=timing.CLOCKS, default="wall", help="thread: one thread's CPU time, on a busy machine")
     add("--json", metavar="FILE", help="write header and rows there")
+    spec = "a row before those of the CUDA kernels' tile table: KERNEL:name=value,... (again for more)"
+    add("--tile", action="append", default=[], metavar="SPEC", help=spec)
+    add("--list-tiles", action="store_true", help="show the CUDA kernels' tile table and stop")
     add("--write-modes", action="store_true", help="blocks: write the table that automatic mode goes by")
     return parser
 
@@ -97,6 +113,11 @@ def _device(name):
 
 def run(args):
     """Measure and print; returns the rows."""
+    if args.tile:
+        tiles.override(args.tile)
+    if args.list_tiles:
+        print(tiles.table())
+        return []
     device = _device(args.device)
     if args.graph and (device.type != "cuda" or args.level == "host"):
         raise BenchError("--graph needs a CUDA device, and a level other than host: a graph has no host cost")

@@ -12,12 +12,13 @@ import torch
 
 from .._version import __version__
 from ..training import metrics
+from . import tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a figure depends on besides the machine.  Tests and documentation may change without measuring again.
 SOURCES = ("mnet_kernels/**/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cuh", "csrc/**/*.cu", "setup.py")
 # Rows under headers that differ in none of these may stand in one table.
-IDENTITY = ("sources", "device", "driver", "torch", "cuda", "cudnn", "triton", "threads", "environ")
+IDENTITY = ("sources", "device", "driver", "torch", "cuda", "cudnn", "triton", "threads", "environ", "tiles")
 
 
 def _run(*command):
@@ -88,6 +89,7 @@ def header(device):
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         "triton": _triton(),
         **metrics.environment(),
+        "tiles": tiles.given(),
         "tf32": {"cudnn": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32},
     }
     if device.type == "cuda":

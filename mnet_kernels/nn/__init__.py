@@ -1,6 +1,12 @@
 """Fused modules over the functional API; children and state_dict keys as in torchvision."""
 
-from .conv_bn_act import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct, FusedStemConvBNAct
+from .conv_bn_act import (
+    FusedDepthwiseConvBNAct,
+    FusedPointwiseConvBNAct,
+    FusedPointwiseConvBNActPool,
+    FusedStemConvBNAct,
+)
+from .head import run_pooled
 from .inverted_residual import FusedInvertedResidual
 from .separable import FusedSeparable, FusedSeparableSequence
 from .squeeze_excite import SqueezeExcite
@@ -9,8 +15,10 @@ __all__ = [
     "FusedDepthwiseConvBNAct",
     "FusedInvertedResidual",
     "FusedPointwiseConvBNAct",
+    "FusedPointwiseConvBNActPool",
     "FusedSeparable",
     "FusedSeparableSequence",
     "FusedStemConvBNAct",
     "SqueezeExcite",
+    "run_pooled",
 ]
