@@ -322,3 +322,22 @@ def test_blocks():
             assert distance <= 1e-4, f"{case} {name}: {distance:.1e} from the reference"
             judge.add(name.rstrip("0123456789"), ours[name], torchs[name], ref)
     judge.verdict()
+
+
+@pytest.mark.parametrize("excite", [False, True])
+def test_one_graph(excite):
+    """torch.compile, forward and backward in one graph each, to the bit what runs without it."""
+    inputs = Inputs(Case(residual=True, excite=excite, **SIZES | {"n": 1}), torch.float32)
+    upstream = upstream_of(inputs.call()).float()
+    torch._dynamo.reset()
+    results = []
+    with mk.backend("triton", "chain"):
+        for call in (inputs.call, torch.compile(inputs.call, fullgraph=True, backend="aot_eager")):
+            for bn in inputs.bns:
+                bn.reset_running_stats()
+            with mk.count_stages() as counts:
+                out = call()
+                grads = torch.autograd.grad(out, list(inputs.leaves.values()), upstream)
+            results.append([out.detach(), *grads, *(b.clone() for bn in inputs.bns for b in bn.buffers())])
+        assert not counts  # of the compiled call: the graph has the stages, none is called from Python
+    assert all(map(torch.equal, *results))

@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   const int block_column = static_cast<int>(blockIdx.x % tiling.column_blocks) * Traits::kColumns;
   const Activated<typename Traits::OperandTile, Traits::kThreads> operand{source};
   StoreOutput<Traits> epilogue(p, block_column, vectorized, slots);
-  walk<Traits, typename Traits::WeightRows>(tiling, weight, operand, epilogue, ring);
+  const Alone<T> alone;
+  walk<Traits, typename Traits::WeightRows>(tiling, weight, operand, epilogue, alone, ring);
   epilogue.finish(block_column, blockIdx.x / tiling.column_blocks, workspace);
 }
 

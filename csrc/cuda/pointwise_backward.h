@@ -13,6 +13,7 @@ namespace mnet::cuda {
 struct PointwiseBackwardTiles {
   Tile input;   // of kPointwiseInputGradient
   Tile weight;  // of kPointwiseWeightGradient
+  Tile both;    // of kPointwiseBothGradients
 };
 
 // Bytes of workspace `pointwise_backward` needs, aligned to 16 bytes.
@@ -20,7 +21,7 @@ int64_t pointwise_backward_workspace(const PointwiseBackwardParams& params, Dtyp
 
 // Enqueues the kernels on `stream`; the first error, if any.  float32 is rounded to tf32 where `tf32`.  An empty batch
 // writes sums and a weight gradient of zero.
-cudaError_t pointwise_backward(const PointwiseBackwardParams& params, Dtype dtype, const PointwiseBackwardTiles& tiles, bool tf32,
-                               void* workspace, cudaStream_t stream);
+cudaError_t pointwise_backward(const PointwiseBackwardParams& params, Dtype dtype, const PointwiseBackwardTiles& tiles,
+                               bool tf32, void* workspace, cudaStream_t stream);
 
 }  // namespace mnet::cuda

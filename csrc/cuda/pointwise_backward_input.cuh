@@ -9,13 +9,14 @@ namespace mnet::cuda {
 
 // Masks, rounds and stores gx; gathers sum gx, sum gx (x - mean), or with a gate (where gx is dz, neither gated nor masked)
 // the rows of the image table.  Sums are of the stored values where they are stored.  Memory plan as for the forward's moments.
-template <typename Traits>
+// `kByImage`: whether there may be an image table.
+template <typename Traits, bool kByImage>
 class StoreGradient {
   using T = typename Traits::T;
   static constexpr int kVec = Traits::kVec;
 
  public:
-  static constexpr int kSums = 3;
+  static constexpr int kSums = kByImage ? 3 : 2;
   static constexpr int kSharedFloats = kSums * kVec * Traits::kThreads;
   static constexpr int kTableFloats = 3 * Traits::kColumns;
 
@@ -66,7 +67,7 @@ class StoreGradient {
       store_words(static_cast<T*>(p_.gx) + position * p_.c + column_, stored, valid, vectorized_);
     }
     if (p_.sums == nullptr) return;
-    if (p_.gate == nullptr) {
+    if (!kByImage || p_.gate == nullptr) {
       MNET_UNROLL
       for (int v = 0; v < kVec; ++v) {
         sum_[0][v] += g[v];
@@ -74,16 +75,18 @@ class StoreGradient {
       }
       return;
     }
-    with_activation(p_.act, [&](auto act) {
-      MNET_UNROLL
-      for (int v = 0; v < kVec; ++v) {
-        const float u = normalized(pass, v), masked = g[v] * decltype(act)::bwd(u);
-        sum_[0][v] = fmaf(g[v], decltype(act)::fwd(u), sum_[0][v]);
-        sum_[1][v] += masked;
-        // A third row of registers would spill.
-        slot(2 * kVec + v) = fmaf(masked, value_of<T>(other_[pass], v) - table(2, v), slot(2 * kVec + v));
-      }
-    });
+    if constexpr (kByImage) {
+      with_activation(p_.act, [&](auto act) {
+        MNET_UNROLL
+        for (int v = 0; v < kVec; ++v) {
+          const float u = normalized(pass, v), masked = g[v] * decltype(act)::bwd(u);
+          sum_[0][v] = fmaf(g[v], decltype(act)::fwd(u), sum_[0][v]);
+          sum_[1][v] += masked;
+          // A third row of registers would spill.
+          slot(2 * kVec + v) = fmaf(masked, value_of<T>(other_[pass], v) - table(2, v), slot(2 * kVec + v));
+        }
+      });
+    }
   }
 
   MNET_DEVICE void end() {
@@ -100,7 +103,7 @@ class StoreGradient {
     if (p_.sums == nullptr) return;
     const int column = threadIdx.x;
     if (column >= Traits::kColumns || block_column + column >= p_.c) return;
-    const int rows = p_.gate == nullptr ? 2 : 3;
+    const int rows = !kByImage || p_.gate == nullptr ? 2 : 3;
     for (int i = 0; i < rows; ++i) {
       float sum = 0.f;
       for_threads_of_column<Traits>(
@@ -132,15 +135,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     pointwise_input_gradient(const PointwiseBackwardParams p, const UpstreamSource source, const Weight weight,
                              const RowTiling tiling, bool vectorized, float* __restrict__ workspace) {
   using T = typename Traits::T;
+  using Epilogue = StoreGradient<Traits, true>;
   static_assert(Traits::kTensors == 2, "grad and y");
   static_assert(Traits::kColumns <= Traits::kThreads, "one thread per column adds up the block's sums");
   MNET_DYNAMIC_SHARED(Pack<T>, ring);
-  MNET_SHARED(float, slots, [StoreGradient<Traits>::kSharedFloats]);
-  MNET_SHARED(float, table, [StoreGradient<Traits>::kTableFloats]);  // read after the first tile's barriers
+  MNET_SHARED(float, slots, [Epilogue::kSharedFloats]);
+  MNET_SHARED(float, table, [Epilogue::kTableFloats]);  // read after the first tile's barriers
   const int block_column = static_cast<int>(blockIdx.x % tiling.column_blocks) * Traits::kColumns;
   const Upstream<typename Traits::OperandTile, Traits::kThreads> operand{source};
-  StoreGradient<Traits> epilogue(p, block_column, vectorized, slots, table);
-  walk<Traits, typename Traits::WeightColumns>(tiling, weight, operand, epilogue, ring);
+  Epilogue epilogue(p, block_column, vectorized, slots, table);
+  const Alone<T> alone;
+  walk<Traits, typename Traits::WeightColumns>(tiling, weight, operand, epilogue, alone, ring);
   epilogue.finish(block_column, blockIdx.x / tiling.column_blocks, workspace);
 }
 

@@ -25,7 +25,8 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> pointwise_backward_op(
                                                                 gate, residual, needs_dx, needs_sums, needs_dw);
   const PointwiseBackwardTiles tiles{
       choose_tile(Kernel::kPointwiseInputGradient, call.dtype, call.params.c, architecture),
-      choose_tile(Kernel::kPointwiseWeightGradient, call.dtype, call.params.c, architecture)};
+      choose_tile(Kernel::kPointwiseWeightGradient, call.dtype, call.params.c, architecture),
+      choose_tile(Kernel::kPointwiseBothGradients, call.dtype, call.params.c, architecture)};
   const bool tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);  // as torch's convolution asks
   const int64_t bytes = pointwise_backward_workspace(call.params, call.dtype, tiles);
   const at::Tensor workspace = at::empty({bytes}, x.options().dtype(at::kByte));

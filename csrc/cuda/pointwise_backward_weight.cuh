@@ -44,6 +44,23 @@ struct WeightTiling {
   int32_t blocks_e;
 };
 
+// Writes a warp's part of the gradient [e, c], whose first row and column of the block are `first_e` and `first_c`.
+template <int kTilesM, int kTilesN>
+MNET_DEVICE void write_gradient(const Accumulators<kTilesM, kTilesN>& part, int first_e, int first_c, int e, int c, float* to) {
+  const int lane = threadIdx.x % 32, row = first_e + MNET_PLANT(8, lane / 4, lane / 8), column = first_c + lane % 4 * 2;
+  MNET_UNROLL
+  for (int m = 0; m < kTilesM; ++m) {
+    MNET_UNROLL
+    for (int n = 0; n < kTilesN; ++n) {
+      MNET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int at_e = row + m * 16 + i / 2 * 8, at_c = column + n * 8 + i % 2;
+        if (at_e < e && at_c < c) to[int64_t{at_e} * c + at_c] = part.c[m][n][i];
+      }
+    }
+  }
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     pointwise_weight_gradient(const UpstreamSource upstream, const ActivatedSource activated, const WeightTiling tiling,
@@ -57,7 +74,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   const int first_c = index % tiling.blocks_c * Traits::kSize, first_e = index / tiling.blocks_c * Traits::kSize;
   const int64_t run = blockIdx.x / blocks, begin = run * tiling.run;
   const int length = static_cast<int>(smaller(tiling.run, tiling.positions - begin));
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int warp_row = warp % Traits::kWarpsDown * Traits::kWarpRows;
   const int warp_column = warp / Traits::kWarpsDown * Traits::kWarpColumns;
 
@@ -105,19 +122,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   }
   flush();
 
-  const int e = first_e + warp_row + MNET_PLANT(8, lane / 4, lane / 8), c = first_c + warp_column + lane % 4 * 2;
-  float* const to = partials + run * upstream.e * activated.c;
-  MNET_UNROLL
-  for (int m = 0; m < Traits::kTilesM; ++m) {
-    MNET_UNROLL
-    for (int n = 0; n < Traits::kTilesN; ++n) {
-      MNET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int at_e = e + m * 16 + i / 2 * 8, at_c = c + n * 8 + i % 2;
-        if (at_e < upstream.e && at_c < activated.c) to[int64_t{at_e} * activated.c + at_c] = total.c[m][n][i];
-      }
-    }
-  }
+  write_gradient(total, first_e + warp_row, first_c + warp_column, upstream.e, activated.c,
+                 partials + run * upstream.e * activated.c);
 }
 
 }  // namespace mnet::cuda

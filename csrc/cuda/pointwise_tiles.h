@@ -56,13 +56,13 @@ auto with_gradient(Dtype dtype, bool tf32, const Tile& tile, F&& f) {
 
 // The blocks of `spans` spans of `span` positions; a function of the shape and the tile alone.
 template <typename Traits>
-RowTiling deal_rows(int64_t spans, int64_t span, int columns, const Tile& tile) {
+RowTiling deal_rows(int64_t spans, int64_t span, int columns, const Tile& tile, int64_t longest = kLongestRun) {
   RowTiling t{};
   t.span = span;
   t.column_blocks = static_cast<int32_t>(divide_up(columns, Traits::kColumns));
   const int64_t tiles = divide_up(span, Traits::kRows), wanted = divide_up(tile.blocks, t.column_blocks);
   const int64_t runs = spans == 0 ? 1 : divide_up(smaller(wanted, tile.runs), spans);
-  const int64_t tiles_per_run = smaller(larger(divide_up(tiles, runs), tile.least), kLongestRun / Traits::kRows);
+  const int64_t tiles_per_run = smaller(larger(divide_up(tiles, runs), tile.least), longest / Traits::kRows);
   t.run = tiles_per_run * Traits::kRows;
   t.runs_per_span = tiles == 0 ? 0 : divide_up(tiles, tiles_per_run);
   t.chunks = spans * t.runs_per_span;

@@ -73,11 +73,20 @@ MNET_DEVICE int staged_at(int row, int quad) {
   return (row * kQuads + (quad ^ row * 2 % (kQuads < 8 ? kQuads : 8))) * 4;
 }
 
+// No second product.
+template <typename T>
+struct Alone {
+  MNET_DEVICE void issue(int, int64_t, int) const {}
+  MNET_DEVICE void prepare(int, int64_t, int) const {}
+  MNET_DEVICE void multiply(int, int, const Pack<T>*) const {}
+};
+
 // Runs a block.  `operand` is that of kRows positions by the depth; WeightTile says which side of the weight the depth is.
 // `epilogue` gets, for every tile, begin(), for every 16 rows fetch(pass, position, exists) and then take(pass, row, position,
-// exists, v) of the 16 bytes at `position` and the thread's column, the thread's row-th of the tile, and end().
-template <typename Traits, typename WeightTile, typename Operand, typename Epilogue>
-MNET_DEVICE void walk(const RowTiling& tiling, const Weight& weight, const Operand& operand, Epilogue& epilogue,
+// exists, v) of the 16 bytes at `position` and the thread's column, the thread's row-th of the tile, and end().  `beside` may
+// make a second product of every prepared step: its issue and prepare are called with a tile's first step.
+template <typename Traits, typename WeightTile, typename Operand, typename Epilogue, typename Beside>
+MNET_DEVICE void walk(const RowTiling& tiling, const Weight& weight, const Operand& operand, Epilogue& epilogue, Beside& beside,
                       Pack<typename Traits::T>* ring) {
   using T = typename Traits::T;
   const int64_t chunk = blockIdx.x / tiling.column_blocks, span = chunk / tiling.runs_per_span;
@@ -96,6 +105,7 @@ MNET_DEVICE void walk(const RowTiling& tiling, const Weight& weight, const Opera
       Pack<T>* const to = ring + slot * Traits::kSlotPacks;
       const int depth = next_step * Traits::kDepth;
       operand.issue(to, begin + next_row, length - next_row, depth);
+      if (next_step == 0) beside.issue(next_row / Traits::kRows, begin + next_row, length - next_row);
       issue_weight<WeightTile, Traits::kThreads>(weight, WeightTile::kDepthRows ? depth : column,
                                                  WeightTile::kDepthRows ? column : depth,
                                                  to + Traits::kTensors * Traits::OperandTile::kPacks);
@@ -116,10 +126,12 @@ MNET_DEVICE void walk(const RowTiling& tiling, const Weight& weight, const Opera
       Pack<T>* const left = ring + slot * Traits::kSlotPacks;
       MNET_PLANT(29, cp_async_wait<Traits::kStages - 1>(), cp_async_wait<Traits::kStages>());
       operand.prepare(left, begin + row, length - row, step * Traits::kDepth);
+      if (step == 0) beside.prepare(row / Traits::kRows, begin + row, length - row);
       MNET_PLANT(23, __syncthreads(), (void)0);  // the slot is there for all
       const int bytes = (operand.channels() - step * Traits::kDepth) * static_cast<int>(sizeof(T));
       multiply<Traits::kMath, typename Traits::OperandTile, WeightTile>(
           left, left + Traits::kTensors * Traits::OperandTile::kPacks, warp_row, warp_column, (bytes + 31) / 32, acc);
+      beside.multiply(row / Traits::kRows, step, left);
       MNET_PLANT(24, __syncthreads(), (void)0);  // all have multiplied: the slot may be written over
       if (step + 1 == steps) break;
       issue(slot);

@@ -17,10 +17,11 @@ enum class Kernel {
   kPointwise,
   kPointwiseInputGradient,
   kPointwiseWeightGradient,
+  kPointwiseBothGradients,  // index 0: by the two kernels above, 1: by one, where it can
   kGram,
   kExpandDepthwise,
 };
-constexpr int kKernels = 9;
+constexpr int kKernels = 10;
 
 constexpr const char* kKernelNames[kKernels] = {
     "depthwise",
@@ -30,6 +31,7 @@ constexpr const char* kKernelNames[kKernels] = {
     "pointwise",
     "pointwise_input_gradient",
     "pointwise_weight_gradient",
+    "pointwise_both_gradients",
     "gram",
     "expand_depthwise",
 };
@@ -37,7 +39,15 @@ constexpr const char* kKernelNames[kKernels] = {
 // How many tiles of a kernel are compiled for a storage dtype of so many bits: `Tile::index` counts them.
 constexpr int compiled_tiles(Kernel kernel, int bits) {
   if (bits != 16) return 1;
-  return kernel == Kernel::kPointwise ? 3 : kernel == Kernel::kPointwiseInputGradient ? 2 : 1;
+  switch (kernel) {
+    case Kernel::kPointwise:
+      return 3;
+    case Kernel::kPointwiseInputGradient:
+    case Kernel::kPointwiseBothGradients:
+      return 2;
+    default:
+      return 1;
+  }
 }
 
 // How a call's work is cut.  The launchers make a grid of it by the shape alone: two cards with the same row of the table
@@ -91,6 +101,9 @@ constexpr TileRow kTileTable[] = {
     {Kernel::kPointwiseInputGradient, 32, 80, 0, {0, 4096, 0, 2048, 1}, "64 x 64, as of 16 bits up to 64 columns", nullptr},
     {Kernel::kPointwiseWeightGradient, 0, 80, 0, {0, 1056, 0, 2048, 8},
      "4 to 8 blocks for each of 132 SMs: each run writes a gradient in float32, to be read again", nullptr},
+    {Kernel::kPointwiseBothGradients, 16, 80, 0, {1, 528, 0, 528, 8},
+     "reads grad, y and x once: 2 P E + 2 P C elements where two kernels move 4 P E + 3 P C", nullptr},
+    {Kernel::kPointwiseBothGradients, 32, 80, 0, {0, 528, 0, 528, 8}, "two kernels: written for 16 bits alone", nullptr},
     {Kernel::kGram, 0, 80, 0, {0, 528, 0, 0, 4}, "two waves of two blocks on each of 132 SMs; few tables to combine", nullptr},
     {Kernel::kExpandDepthwise, 0, 80, 0, {0, 4096, 0, 2048, 1},
      "several waves; several tiles for each weight a block reads, 8 KiB where a tile of x has 2 to 12", nullptr},

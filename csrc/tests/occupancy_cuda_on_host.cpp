@@ -11,8 +11,7 @@
 #include "../cuda/expand_gram.cuh"
 #include "../cuda/normalize.cuh"
 #include "../cuda/pointwise.cuh"
-#include "../cuda/pointwise_backward_input.cuh"
-#include "../cuda/pointwise_backward_weight.cuh"
+#include "../cuda/pointwise_backward_both.cuh"
 #include "../cuda/pointwise_tiles.h"
 
 using namespace mnet;
@@ -97,7 +96,7 @@ static void report_forward() {
 template <typename Traits>
 static void report_gradient() {
   report_product<Traits>("pointwise_input_gradient",
-                         (StoreGradient<Traits>::kSharedFloats + StoreGradient<Traits>::kTableFloats) * 4);
+                         (StoreGradient<Traits, true>::kSharedFloats + StoreGradient<Traits, true>::kTableFloats) * 4);
 }
 
 template <typename T>
@@ -131,6 +130,9 @@ int main() {
   report_gradient<MediumGradientTile<__half>>();
   report_gradient<WideGradientTile<__half>>();
   report_gradient<MediumGradientTile<float>>();
+  using Both = BothTraits<__half, 3>;
+  constexpr int kSums = (StoreGradient<Both, false>::kSharedFloats + StoreGradient<Both, false>::kTableFloats) * 4;
+  report({"pointwise_both_gradients, 16 bits", Both::kThreads, Both::kBlocksPerSm, Both::kBytes + kSums, Both::kRingBytes / 2});
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

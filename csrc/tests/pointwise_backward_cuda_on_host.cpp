@@ -70,6 +70,8 @@ int main() try {
       {{2, 35, 136, 72, 1, false, false}},   // the wide one, several blocks, two steps
       {{2, 35, 24, 136, -1, false, true}},   // with a residual
       {{1, 40, 16, 24, -1, false, false}},
+      {{3, 130, 17, 150, 2, false, false}},  // both gradients in one pass: three steps, several tiles and runs
+      {{1, 700, 70, 100, -1, false, true}},  // two steps, two blocks of columns
       {{3, 70, 24, 16, 3, true, false}},     // the image table, two tiles an image
       {{5, 1, 8, 8, 2, true, false}},
       {{2, 20, 16, 8, 4, true, false}},
@@ -88,7 +90,7 @@ int main() try {
   test::PointwiseCase unaligned{1, 40, 16, 16, 2, false, false}, transposed{1, 40, 16, 40, 2, false, false};
   unaligned.skew = 1;
   transposed.weight_transposed = true;
-  for (const auto [images, area, e] : {std::tuple{5, 33, 40}, {40, 1, 16}, {3, 70, 21}, {0, 4, 16}}) {
+  for (const auto& [images, area, e] : {std::tuple{5, 33, 40}, {40, 1, 16}, {3, 70, 21}, {0, 4, 16}}) {
     test::PointwiseCase pooled{images, area, 24, e, 2, false, false};
     pooled.pooled = true;
     cases.push_back({pooled});
@@ -102,10 +104,16 @@ int main() try {
       for (const BackwardCase& k : cases) {
         cuda::PointwiseBackwardTiles tiles{
             cuda::choose_tile(cuda::Kernel::kPointwiseInputGradient, dtype, k.shape.c, 80),
-            cuda::choose_tile(cuda::Kernel::kPointwiseWeightGradient, dtype, k.shape.c, 80)};
+            cuda::choose_tile(cuda::Kernel::kPointwiseWeightGradient, dtype, k.shape.c, 80),
+            cuda::choose_tile(cuda::Kernel::kPointwiseBothGradients, dtype, k.shape.c, 80)};
         const int chosen = tiles.input.index;
         const int compiled = cuda::compiled_tiles(cuda::Kernel::kPointwiseInputGradient, cuda::storage_bits(dtype));
-        tiles.input.runs = tiles.weight.runs = 5;  // blocks walk over several tiles of small maps
+        tiles.input.runs = tiles.weight.runs = tiles.both.runs = 5;  // blocks walk over several tiles of small maps
+        tiles.both.least = 1;
+        if (tiles.both.index == 1) {
+          failures += !check(k, dtype, tf32, tiles, ++checks);
+          tiles.both.index = 0;
+        }
         for (tiles.input.index = 0; tiles.input.index < compiled; ++tiles.input.index) {
           // the others, which an override may choose, for what is small
           const bool small = k.wanted != kOnlyDw && k.shape.images * k.shape.area < 200;

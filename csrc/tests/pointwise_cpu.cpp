@@ -44,7 +44,7 @@ int main() {
   for (int act = -1; act < kNumActivations; ++act) {
     for (const bool gate : {false, true}) shapes.push_back({5, 63, 19, 26, act, gate, false});
   }
-  for (const auto [images, area] : {std::pair{5, 63}, {90, 1}, {2, 130}, {0, 4}}) {
+  for (const auto& [images, area] : {std::pair{5, 63}, {90, 1}, {2, 130}, {0, 4}}) {
     test::PointwiseCase pooled{images, area, 19, 37, 2, false, false};
     pooled.pooled = true;
     shapes.push_back(pooled);
