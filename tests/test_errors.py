@@ -102,6 +102,12 @@ def test_stem():
     fails(inputs, ValueError, "dense weight must be [O, 4, 3, 3], got [6, 4, 5, 5]")
     inputs.x = torch.randn(2, 9, 6, 6, dtype=torch.float64)
     fails(inputs, ValueError, "at most 8 channels", "got 9", "torch.nn.functional.conv2d")
+    depthwise = mk.functional.ConvBNAct(
+        "depthwise", torch.randn(4, 1, 3, 3), BatchNormParams.of(nn.BatchNorm2d(4)), "relu6"
+    )
+    pointwise = depthwise._replace(kind="pointwise", weight=torch.randn(4, 4, 1, 1))
+    with pytest.raises(ValueError, match="stem must be a ConvBNAct of kind 'dense' or None; got pointwise"):
+        mk.functional.separable_sequence(torch.randn(2, 4, 6, 6), [(depthwise, pointwise)], stem=pointwise)
 
 
 def test_pointwise_weight():

@@ -174,7 +174,8 @@ def test_ops_are_counted_below_autograd():
      ("aten::convolution", [[2, 8, 1, 1], [16, 8, 1, 1]], "pointwise"),
      ("aten::convolution", [[2, 3, 4, 4], [16, 3, 3, 3]], "dense conv"),
      ("mnet_cuda::depthwise_backward", [], "depthwise"), ("mnet_cpu::expand_depthwise", [], "expand+depthwise"),
-     ("mnet_cpu::finalize", [], "batch norm"), ("aten::native_batch_norm_backward", [], "batch norm"),
+     ("mnet_cpu::stem_backward", [], "dense conv"), ("mnet_cpu::finalize", [], "batch norm"),
+     ("aten::native_batch_norm_backward", [], "batch norm"),
      ("aten::hardswish_backward", [], "activation"), ("aten::addmm", [], "other")],
 )  # fmt: skip
 def test_parts(name, shapes, want):
