@@ -107,7 +107,7 @@ def variants(c, e, size, dtype, batch=16):
     y, _ = stages.pointwise(x, weight, bn, 2, None, True)
 
     def backward(dx, dw):
-        return stages.pointwise_backward(grad, y, y_bn, coef, 0, x, weight, bn, 2, None, None, dx, dx, dw)
+        return stages.pointwise_backward(grad, y, y_bn, coef, 0, None, x, weight, bn, 2, None, None, dx, dx, dw)
 
     ones, zeros = torch.ones(c), torch.zeros(c)
     wx, ww, wg, wb = (t.clone().requires_grad_() for t in (x, weight, ones, zeros))

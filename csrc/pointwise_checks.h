@@ -71,10 +71,10 @@ struct PointwiseBackwardCall {
 };
 
 inline PointwiseBackwardCall prepare_pointwise_backward(
-    const at::Tensor& grad, const at::Tensor& y, const at::Tensor& y_bn, const at::Tensor& coef, int64_t y_act,
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bn, int64_t act,
-    const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& residual, bool needs_dx, bool needs_sums,
-    bool needs_dw) {
+    const std::optional<at::Tensor>& grad, const at::Tensor& y, const at::Tensor& y_bn, const at::Tensor& coef,
+    int64_t y_act, const std::optional<at::Tensor>& offset, const at::Tensor& x, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bn, int64_t act, const std::optional<at::Tensor>& gate,
+    const std::optional<at::Tensor>& residual, bool needs_dx, bool needs_sums, bool needs_dw) {
   const char* op = "pointwise_backward";
   PointwiseBackwardCall call{};
   call.dtype = storage_dtype(op, x);
@@ -83,7 +83,9 @@ inline PointwiseBackwardCall prepare_pointwise_backward(
   check_prologue(op, bn, act);
   check_activation(op, "y_act", y_act);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), e = weight.size(0);
-  check_map_like(op, "grad", grad, {n, e, h, w}, "x", x);
+  TORCH_CHECK(grad.has_value() != offset.has_value(), op, ": got ", grad.has_value() ? "both" : "neither",
+              " of grad and offset, expected one of them: offset is the gradient where it is the same at every position");
+  if (grad.has_value()) check_map_like(op, "grad", *grad, {n, e, h, w}, "x", x);
   check_map_like(op, "y", y, {n, e, h, w}, "x", x);
   TORCH_CHECK(!residual.has_value() || (!bn.has_value() && !gate.has_value()), op, ": residual is given together with ",
               bn.has_value() ? "bn" : "gate", ", expected at most one of them: a residual is added to the gradient at x ",
@@ -93,6 +95,7 @@ inline PointwiseBackwardCall prepare_pointwise_backward(
   PointwiseBackwardParams& p = call.params;
   p.y_bn = check_table(op, "y_bn", y_bn, {5, e}, x);
   p.coef = check_table(op, "coef", coef, {4, e}, x);
+  p.offset = check_table(op, "offset", offset, {n, e}, x);
   p.bn = check_table(op, "bn", bn, {5, c}, x);
   p.gate = check_table(op, "gate", gate, {n, c}, x);
   const auto tables = x.options().dtype(at::kFloat);
@@ -101,7 +104,7 @@ inline PointwiseBackwardCall prepare_pointwise_backward(
   const bool sums = needs_sums && bn.has_value();
   call.sums = !sums ? at::empty({0}, tables) : gate.has_value() ? at::empty({3, n, c}, tables) : at::empty({2, c}, tables);
   call.dw = needs_dw ? at::empty(weight.sizes(), tables) : at::empty({0}, tables);
-  p.grad = grad.const_data_ptr();
+  p.grad = grad.has_value() ? grad->const_data_ptr() : nullptr;
   p.y = y.const_data_ptr();
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .accelerate import restore
-from .nn import FusedInvertedResidual, FusedSeparable, fusable, structure
+from .nn import FusedInvertedResidual, FusedPointwiseConvBNActPool, FusedSeparable, fusable, structure
 from .nn.base import FusedModule
 
 # Convolution and batch norm that a model calls one after the other by name.
@@ -66,6 +66,8 @@ def _folded(module):
         return Residual(body) if module.use_res_connect else body
     if isinstance(module, FusedSeparable):
         return _sequence(module._modules.values())
+    if isinstance(module, FusedPointwiseConvBNActPool):
+        return nn.Sequential(*_sequence(module._modules.values()), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     if structure.is_known(module):
         found = structure.read(module)
         if found is not None and all(map(_can_fold, found.layers)):

@@ -30,6 +30,7 @@ __all__ = [
     "depthwise_conv_bn_act",
     "inverted_residual",
     "pointwise_conv_bn_act",
+    "pointwise_conv_bn_act_pool",
     "separable_conv",
     "separable_sequence",
     "squeeze_excite",
@@ -68,6 +69,22 @@ def pointwise_conv_bn_act(x, weight, bn, *, activation="relu6", backend=None, mo
     """
     layers = (ConvBNAct("pointwise", weight, bn, activation),)
     return _run("pointwise_conv_bn_act", x, layers, False, None, backend, mode)
+
+
+def pointwise_conv_bn_act_pool(x, weight, bn, *, activation="relu6", backend=None, mode=None):
+    """Mean over H and W of act(BN(1x1 convolution of x)): what MobileNetV2 and V3 end with before the classifier
+    (Sandler et al. 2018, table 2; Howard et al. 2019, figure 5).
+
+    The activated map, and in the backward pass its gradient, are never written.
+
+    Args:
+        x, weight, bn, activation, backend, mode: as for :func:`pointwise_conv_bn_act`.
+
+    Returns:
+        [N, O] in x's dtype (the autocast dtype under autocast).
+    """
+    layers = (ConvBNAct("pointwise", weight, bn, activation),)
+    return _run("pointwise_conv_bn_act_pool", x, layers, False, None, backend, mode, pooled=True)
 
 
 def separable_conv(
@@ -192,8 +209,9 @@ def _compute_dtype(x):
     return x.dtype
 
 
-def _run(op, x, layers, residual, se, backend, mode, node=None):
-    """``node``: layers that make one autograd node of the fused path (None: all of them)."""
+def _run(op, x, layers, residual, se, backend, mode, node=None, pooled=False):
+    """``node``: layers that make one autograd node of the fused path (None: all of them).  ``pooled``: the mean over H
+    and W of what comes out, [N, C]."""
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
@@ -204,14 +222,15 @@ def _run(op, x, layers, residual, se, backend, mode, node=None):
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")
-        return native.block(x, layers, residual, se)
+        out = native.block(x, layers, residual, se)
+        return native.pool(out) if pooled else out
     with autocast_off(x.device.type):
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         node = node or len(layers)
         source = None  # x's bn table and activation while x is raw
         for start in range(0, len(layers), node):
             raw = start + node < len(layers)
-            x, source = _run_node(x, layers[start : start + node], residual, se, choice, source, raw)
+            x, source = _run_node(x, layers[start : start + node], residual, se, choice, source, raw, pooled)
         return x
 
 
@@ -226,14 +245,14 @@ def _trains(x, layers, se):
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _run_node(x, layers, residual, se, choice, source, raw):
+def _run_node(x, layers, residual, se, choice, source, raw, pooled):
     """One autograd node; returns its output and, if that is raw, (bn table, activation)."""
     rows = tuple(
         Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats, c.bn.group)
         for c in layers
     )
     block = Block(
-        choice.backend, choice.mode, rows, residual, se and (se.activation, se.gate), source and source[1], raw
+        choice.backend, choice.mode, rows, residual, se and (se.activation, se.gate), source and source[1], raw, pooled
     )
     tensors = []
     for layer in layers:

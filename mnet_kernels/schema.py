@@ -58,11 +58,12 @@ SCHEMAS = (
     "depthwise_backward(Tensor grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor? gate, Tensor? offset, "
     "Tensor x, Tensor weight, Tensor? bn, int act, int stride, Tensor? residual, bool needs_dx, bool needs_dw) "
     "-> (Tensor gx, Tensor sums, Tensor dw)",
-    # The same; with a gate gx is dz, neither gated nor masked, and the sums are the image table.  needs_sums without
-    # needs_dx is the reducing pass of algebraic mode (B1).
-    "pointwise_backward(Tensor grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor x, Tensor weight, "
-    "Tensor? bn, int act, Tensor? gate, Tensor? residual, bool needs_dx, bool needs_sums, bool needs_dw) "
-    "-> (Tensor gx, Tensor sums, Tensor dw)",
+    # The same, with either grad or offset: the gradient of a mean over H and W is one value an image and channel.  With
+    # a gate gx is dz, neither gated nor masked, and the sums are the image table.  needs_sums without needs_dx is the
+    # reducing pass of algebraic mode (B1).
+    "pointwise_backward(Tensor? grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor? offset, Tensor x, "
+    "Tensor weight, Tensor? bn, int act, Tensor? gate, Tensor? residual, bool needs_dx, bool needs_sums, "
+    "bool needs_dw) -> (Tensor gx, Tensor sums, Tensor dw)",
     # Algebraic mode: the expanded tensor never exists.
     "gram(Tensor x) -> Tensor",
     # bn of the expanded y1k = W (x - k) from gram; and the mean of y1 = W x itself, for the running statistics.
@@ -158,7 +159,9 @@ def _depthwise_backward(
     return gx, sums, _acc(x, *weight.shape) if needs_dw else _acc(x, 0)
 
 
-def _pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw):
+def _pointwise_backward(
+    grad, y, y_bn, coef, y_act, offset, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw
+):
     gx = _map(x, *x.shape) if needs_dx else _empty_map(x)
     sums = _acc(x, 0)
     if needs_sums and bn is not None:

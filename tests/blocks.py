@@ -9,6 +9,7 @@ from mnet_kernels import BatchNormParams, SqueezeExciteParams, backends, functio
 
 FUSED = (("reference", "chain"), ("reference", "algebraic"))
 ACTIVATIONS = ("identity", "relu", "relu6", "hardswish", "silu")
+POINTWISE = ("pointwise_conv_bn_act", "pointwise_conv_bn_act_pool")
 
 
 class Case(NamedTuple):
@@ -38,7 +39,7 @@ def layer_shapes(case):
     dw = (case.kernel, case.kernel)
     if case.op == "depthwise_conv_bn_act":
         return [(case.c, 1, *dw)]
-    if case.op == "pointwise_conv_bn_act":
+    if case.op in POINTWISE:
         return [(case.o, case.c, 1, 1)]
     if case.op == "separable_conv":
         return [(case.c, 1, *dw), (case.o, case.c, 1, 1)]
@@ -95,7 +96,7 @@ class Inputs:
             params = params._replace(weight=named.get(f"gamma{i}"), bias=named.get(f"beta{i}"))
             layers += [named[f"weight{i}"], params]
         options = {"activation": case.activation}
-        if case.op != "pointwise_conv_bn_act":
+        if case.op not in POINTWISE:
             options["stride"] = case.stride
         if case.op == "inverted_residual":
             layers = layers if case.expand else [None, None, *layers]
@@ -145,7 +146,7 @@ def assert_same(got, want, tolerance=1e-10):
 
 CASES = [
     *(Case("depthwise_conv_bn_act", k, s, a) for k in (3, 5) for s in (1, 2) for a in ACTIVATIONS),
-    *(Case("pointwise_conv_bn_act", activation=a) for a in ACTIVATIONS),
+    *(Case(op, activation=a) for op in POINTWISE for a in ACTIVATIONS),
     *(Case("separable_conv", k, s, a) for k in (3, 5) for s in (1, 2) for a in ("relu6", "hardswish")),
     *(Case(kernel=k, stride=s, activation=a) for k in (3, 5) for s in (1, 2) for a in ACTIVATIONS),
     *(

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from blocks import CASES, Case, Inputs, assert_same, fused_modes, step
+from blocks import CASES, POINTWISE, Case, Inputs, assert_same, fused_modes, step
 
 import mnet_kernels as mk
 
@@ -24,7 +24,7 @@ def assert_path(counts, case, mode):
     assert not any(name.startswith("native::") for name in counts), counts
     algebraic = mode == "algebraic"
     assert counts["mnet_ref::expand_depthwise"] == algebraic
-    if case.op != "pointwise_conv_bn_act":
+    if case.op not in POINTWISE:
         assert counts["mnet_ref::depthwise"] == (not algebraic)
 
 
@@ -80,7 +80,7 @@ def test_any_mix_of_frozen_parameters(seed, excite):
     compare(inputs)
 
 
-@pytest.mark.parametrize("op", ["depthwise_conv_bn_act", "pointwise_conv_bn_act", "separable_conv"])
+@pytest.mark.parametrize("op", ["depthwise_conv_bn_act", *POINTWISE, "separable_conv"])
 @pytest.mark.parametrize("only", ["x", "weight0", "gamma0", "beta0"])
 def test_only_one_gradient(op, only):
     inputs = Inputs(Case(op))
@@ -214,24 +214,53 @@ def test_output_is_channels_last():
         assert inputs.call().is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("layout", ["nchw", "expanded"])
-def test_layouts_of_the_upstream_gradient(layout):
-    inputs = Inputs(Case())
+@pytest.mark.parametrize("op", ["inverted_residual", "pointwise_conv_bn_act_pool"])
+@pytest.mark.parametrize("layout", ["nchw", "expanded", "transposed"])
+def test_layouts_of_the_upstream_gradient(layout, op):
+    inputs = Inputs(Case(op))
     shape = step(inputs, "native")["out"].shape
     upstream = torch.randn(shape, dtype=torch.float64)
     if layout == "expanded":
         upstream = torch.tensor(0.7, dtype=torch.float64).expand(shape)
+    if layout == "transposed":
+        upstream = upstream.transpose(0, 1).contiguous().transpose(0, 1)
     want = step(inputs, "native", upstream=upstream)
     for backend, mode in fused_modes(inputs.case):
         assert_same(step(inputs, backend, mode, upstream=upstream), want)
 
 
-@pytest.mark.parametrize("case", [Case(), Case("depthwise_conv_bn_act"), Case("pointwise_conv_bn_act")], ids=str)
+@pytest.mark.parametrize("case", [Case(), *map(Case, ("depthwise_conv_bn_act", *POINTWISE))], ids=str)
 def test_empty_batch(case):
     inputs = Inputs(case._replace(n=0))
     want = step(inputs, "native")
     assert_same(step(inputs, "reference", "chain"), want)
     assert want["out"].shape[0] == 0
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_pooled_output_may_be_changed_in_place(backend):
+    """It is nobody's memory: not that of what is saved for backward."""
+    inputs = Inputs(Case("pointwise_conv_bn_act_pool"))
+    with mk.backend(backend):
+        out = inputs.call()
+        (want,) = torch.autograd.grad(out.sum(), inputs.x, retain_graph=True)
+        (got,) = torch.autograd.grad(out.mul_(2).sum(), inputs.x)
+    torch.testing.assert_close(got, 2 * want)
+
+
+def test_the_pooled_map_is_never_written():
+    inputs = Inputs(Case("pointwise_conv_bn_act_pool"))
+    with mk.count_stages() as counts:
+        step(inputs, "reference", "chain")
+    stages = "pointwise", "finalize", "squeeze", "finalize_backward", "pointwise_backward", "update_running_stats"
+    assert counts == {f"mnet_ref::{name}": 1 for name in stages}
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 2), (4, 1, 1, 1), (1, 17, 16, 3)], ids=str)
+def test_shapes_of_the_pooled_layer(shape):
+    n, c, h, w = shape
+    want = compare(Inputs(Case("pointwise_conv_bn_act_pool", n=n, c=c, o=2 * c + 1, h=h, w=w)))
+    assert want["out"].shape == (n, 2 * c + 1)
 
 
 def test_stage_counter_nests():

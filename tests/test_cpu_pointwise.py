@@ -51,7 +51,13 @@ def operands(size, dtype):
 def upstream(size, dtype, act):
     n, _, e, h, w = size
     grad, y = (map_(n, e, h, w, dtype=dtype) for _ in range(2))
-    return grad, y, clear_table(table(e), y), 0.1 * torch.randn(4, e), act
+    return grad, y, clear_table(table(e), y), 0.1 * torch.randn(4, e), act, None
+
+
+def pooled(size, dtype, act):
+    """The upstream of a mean over H and W."""
+    _, *rest, _ = upstream(size, dtype, act)
+    return None, *rest, torch.randn(size[0], size[2])
 
 
 def compare(ours, want, dtype):
@@ -77,7 +83,7 @@ def backward_calls(size, dtype):
     x, weight, bn, gate = operands(size, dtype)
     for needs in itertools.product((True, False), repeat=3):
         for y_act, act in zip(BATCH_NORM_ACTS, reversed(BATCH_NORM_ACTS), strict=True):
-            up = upstream(size, dtype, y_act)
+            up = (pooled if (y_act + sum(needs)) % 2 else upstream)(size, dtype, y_act)
             for b, g in itertools.product((bn, None), (gate, None)):
                 residual = map_(*x.shape, dtype=dtype) if b is None and g is None and y_act % 2 else None
                 yield *up, x, weight, b, act if b is not None else 0, g, residual, *needs
@@ -95,12 +101,13 @@ def test_every_call_agrees_with_the_reference(size, dtype):
 ACT = {"identity": lambda u: u, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
 
 
-def torchs(x, weight, bn, act, gate, grad, y, y_bn, coef, y_act, dtype):
+def torchs(x, weight, bn, act, gate, grad, y, y_bn, coef, y_act, offset, dtype):
     """The stages by torch's own ops, every intermediate in ``dtype``: (y, moments, gx, sums, dw)."""
 
     def row(t, i):
         return t[i].to(dtype).view(1, -1, 1, 1)
 
+    grad = offset[:, :, None, None].expand_as(y) if grad is None else grad
     x, weight, grad, y = (t.to(dtype) for t in (x, weight, grad, y))
     z, u = x, None
     if bn is not None:
@@ -127,17 +134,17 @@ def torchs(x, weight, bn, act, gate, grad, y, y_bn, coef, y_act, dtype):
 def test_errors_against_float64(act, gated, dtype):
     """At most twice the error of torch's own ops in the same dtype, plus one ulp."""
     judge, size = Judge(dtype), (3, 26, 45, 13, 11)
-    for _ in range(5):
+    for make in (upstream, pooled) * 5:
         x, weight, bn, gate = operands(size, dtype)
         bn, gate = (None if act is None else bn), (gate if gated else None)
-        up = upstream(size, dtype, 2)
+        up = make(size, dtype, 2)
         y, moments = CPU.pointwise(x, weight, bn, act or 0, gate, True)
         gx, sums, dw = CPU.pointwise_backward(*up, x, weight, bn, act or 0, gate, None, True, True, True)
         ours = {"y": y, "moments": moments, "gx": gx, "sums": sums, "dw": dw}
         rounded, want = (torchs(x, weight, bn, act or 0, gate, *up, dtype=d) for d in (dtype, torch.float64))
         for name, ref in want.items():
             if ref is not None:
-                judge.add(name, ours[name], rounded[name], ref)
+                judge.add(f"{name}, {make.__name__}", ours[name], rounded[name], ref)
     judge.verdict()
 
 
@@ -167,7 +174,8 @@ def test_what_is_not_finite_goes_where_it_goes_in_torch(act, value, dtype):
     assert torch.equal(moments.isfinite().all(0), want.isfinite().all(3).all(2).all(0))
     grad = map_(2, 19, 6, 7, dtype=dtype)
     grad[0, 7, 1, 1] = value
-    args = (grad, map_(2, 19, 6, 7, dtype=dtype), table(19), torch.randn(4, 19), 0, x, weight, bn, act, None, None)
+    up = grad, map_(2, 19, 6, 7, dtype=dtype), table(19), torch.randn(4, 19), 0, None
+    args = *up, x, weight, bn, act, None, None
     for ours, ref in zip(
         CPU.pointwise_backward(*args, True, True, True),
         reference.pointwise_backward(*args, True, True, True),
@@ -256,6 +264,17 @@ BAD = {
 def test_bad_input_is_refused(message):
     with pytest.raises(RuntimeError, match=message):
         CPU.pointwise(*BAD[message](*operands((2, 6, 9, 5, 4), torch.float32)))
+
+
+def test_one_of_grad_and_offset():
+    size = (2, 6, 9, 5, 4)
+    x, weight, bn, _ = operands(size, torch.float32)
+    (grad, *up, _), offset = upstream(size, torch.float32, 0), torch.randn(2, 9)
+    for g, o, given in ((grad, offset, "both"), (None, None, "neither")):
+        with pytest.raises(RuntimeError, match=f"got {given} of grad and offset, expected one"):
+            CPU.pointwise_backward(g, *up, o, x, weight, bn, 2, None, None, True, True, True)
+    with pytest.raises(RuntimeError, match=r"offset has shape \[1, 9\]"):
+        CPU.pointwise_backward(None, *up, offset[:1], x, weight, bn, 2, None, None, True, True, True)
 
 
 def test_residual_beside_a_batch_norm_is_refused():

@@ -7,6 +7,7 @@ allocation, dispatch and kernels are the real ones, and the suites written for a
 
 import ctypes
 import fcntl
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import test_cpu_stages as elementwise
 import test_gpu as suite
 import test_precision
 import torch
-from blocks import Case, Inputs, step
+from blocks import Case, Inputs, step, upstream_of
 from kinks import clear_model
 from precision import Judge, errors
 from test_choice import ALGEBRAIC_FORWARD
@@ -267,6 +268,7 @@ def test_what_algebraic_stages_refuse(algebraic):
 BLOCKS = [
     Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", n=2, c=21, h=15, w=11),
     Case("pointwise_conv_bn_act", n=1, c=17, o=9, h=13, w=7),
+    Case("pointwise_conv_bn_act_pool", activation="hardswish", n=3, c=17, o=21, h=5, w=7),
     Case("separable_conv", stride=2, n=2, c=24, o=40, h=14, w=14),
     Case(residual=True, n=2, c=16, e=40, h=14, w=14),
     Case(residual=True, excite=True, activation="silu", n=2, c=13, e=37, h=9, w=9),
@@ -327,6 +329,35 @@ def test_moments_are_of_training_alone(mode, training):
     if mode == "algebraic":
         first = {"expand_depthwise": [training], "pointwise": [training]}
     assert calls.moments == first
+
+
+def test_launchers_call_nothing_that_a_capture_forbids():
+    """Of CUDA's runtime they use only what may be called while a CUDA graph is captured: no allocation, copy or wait.
+
+    What is above them reads no value of a tensor, or torch.compile could not make one graph of it (the next test).
+    """
+    allowed = {"cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetLastError"}
+    sources = [p for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in (".cu", ".cuh", ".cpp", ".h")]
+    text = "\n".join(re.sub(r"//.*", "", p.read_text()) for p in sources)
+    assert set(re.findall(r"\b(cuda[A-Z]\w+)\s*\(", text)) == allowed
+    assert not re.search(r"\.item\(|\.cpu\(|at::_local_scalar|synchronize", text)
+
+
+@pytest.mark.parametrize("case", BLOCKS[::2], ids=str)
+def test_one_graph(case):
+    """torch.compile, forward and backward in one graph each, to the bit what runs without it."""
+    inputs = Inputs(case, torch.float32)
+    upstream = upstream_of(inputs.call())
+    torch._dynamo.reset()
+    results = []
+    with mk.backend("cuda", "chain"):
+        for call in (inputs.call, torch.compile(inputs.call, fullgraph=True, backend="aot_eager")):
+            for bn in inputs.bns:
+                bn.reset_running_stats()
+            out = call()
+            grads = torch.autograd.grad(out, list(inputs.leaves.values()), upstream.to(out.dtype))
+            results.append([out.detach(), *grads, *(b.clone() for bn in inputs.bns for b in bn.buffers())])
+    assert all(map(torch.equal, *results))
 
 
 def test_block_runs_its_own_stages():

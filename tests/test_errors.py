@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from blocks import Case, Inputs
+from blocks import POINTWISE, Case, Inputs
 from torch import nn
 
 import mnet_kernels as mk
 from mnet_kernels import BatchNormParams, SqueezeExciteParams, functional
 
-OPS = ("depthwise_conv_bn_act", "pointwise_conv_bn_act", "separable_conv", "inverted_residual")
+OPS = ("depthwise_conv_bn_act", *POINTWISE, "separable_conv", "inverted_residual")
 
 
 def fails(inputs, kind, *fragments):
@@ -73,7 +73,7 @@ def test_activation(inputs):
 
 @pytest.mark.parametrize("stride", [0, 3, (1, 1)])
 def test_stride(inputs, stride):
-    if inputs.case.op == "pointwise_conv_bn_act":
+    if inputs.case.op in POINTWISE:
         pytest.skip("a pointwise convolution has no stride")
     inputs.case = inputs.case._replace(stride=stride)
     fails(inputs, ValueError, "stride must be 1 or 2")

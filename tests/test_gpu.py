@@ -141,6 +141,7 @@ def test_repeats_bit_for_bit(backend, stage):
 BLOCKS = [
     Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", n=2, c=21, h=15, w=11),
     Case("pointwise_conv_bn_act", n=1, c=17, o=9, h=13, w=7),
+    Case("pointwise_conv_bn_act_pool", activation="hardswish", n=3, c=17, o=21, h=5, w=7),
     Case("separable_conv", stride=2, n=2, c=24, o=40, h=14, w=14),
     Case(residual=True, n=2, c=16, e=96, h=14, w=14),
     Case(stride=2, kernel=5, activation="hardswish", n=3, c=13, e=37, o=21, h=17, w=9),

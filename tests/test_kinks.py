@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from blocks import Case, Inputs, assert_same, fused_modes, step
+from blocks import POINTWISE, Case, Inputs, assert_same, fused_modes, step
 
 BETAS = {"relu": (0.0, 1.0, -1.0), "relu6": (0.0, 6.0, 3.0, -1.0), "hardswish": (-3.0, 3.0, 0.0, 5.0)}
 
 
-@pytest.mark.parametrize(
-    "op", ["depthwise_conv_bn_act", "pointwise_conv_bn_act", "separable_conv", "inverted_residual"]
-)
+@pytest.mark.parametrize("op", ["depthwise_conv_bn_act", *POINTWISE, "separable_conv", "inverted_residual"])
 @pytest.mark.parametrize("activation", BETAS)
 def test_gradients_exactly_at_kinks(op, activation):
     """With gamma 0 the activation's argument is beta exactly, at every position."""

@@ -14,6 +14,7 @@ CASES = [
     Case(residual=True, **SIZES),
     Case(stride=2, kernel=5, activation="hardswish", **SIZES),
     Case(excite=True, activation="hardswish", kernel=5, **SIZES),
+    Case("pointwise_conv_bn_act_pool", activation="hardswish", **SIZES),
 ]
 
 
@@ -87,7 +88,7 @@ def test_large_means(case):
     judge(lambda: offset(case, torch.bfloat16), torch.bfloat16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", CASES[:5], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:5], CASES[-1]], ids=str)
 def test_eval_under_autocast(case):
     def evaluate(*both):
         for inputs in both:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from blocks import ACTIVATIONS, Case, Inputs, step
+from blocks import ACTIVATIONS, POINTWISE, Case, Inputs, step
 from precision import ulp
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -24,9 +24,7 @@ small = st.integers(1, 20)
 
 @st.composite
 def cases(draw):
-    op = draw(
-        st.sampled_from(["depthwise_conv_bn_act", "pointwise_conv_bn_act", "separable_conv", "inverted_residual"])
-    )
+    op = draw(st.sampled_from(["depthwise_conv_bn_act", *POINTWISE, "separable_conv", "inverted_residual"]))
     block = op == "inverted_residual"
     stride = draw(st.sampled_from([1, 2]))
     return Case(
@@ -77,7 +75,7 @@ def positions(inputs):
     """The fewest values a batch norm in training mode sees, None if none is in training mode."""
     case = inputs.case
     strided = -(-case.h // case.stride) * -(-case.w // case.stride)
-    areas = {"pointwise_conv_bn_act": [case.h * case.w], "inverted_residual": [case.h * case.w, strided, strided]}
+    areas = {"inverted_residual": [case.h * case.w, strided, strided]} | dict.fromkeys(POINTWISE, [case.h * case.w])
     areas = areas.get(case.op, [strided] * 2)[-len(inputs.bns) :]
     return min((case.n * a for a, bn in zip(areas, inputs.bns, strict=True) if bn.training), default=None)
 

@@ -167,6 +167,8 @@ def pointwise_variant(kernel, shape, row, dtype, gated):
         "pointwise_dgrad": ("BLOCK_P", "BLOCK_C", "BLOCK_E"),
         "pointwise_wgrad": ("BLOCK_E", "BLOCK_C", "BLOCK_P"),
     }[kernel]
+    if kernel == "pointwise_wgrad":
+        row = pointwise.wgrad_row(row, gated, pooled=gated)
     blocks, warps, stages = row_options(row, *names)
     flags = {"ALIGN_IN": 8, "ALIGN_OUT": 16, "ACT": 3, "NORMALIZED": True, "GATED": gated, **blocks}
     flags["PRECISION"] = "tf32" if dtype == torch.float32 and gated else "ieee"
@@ -175,7 +177,7 @@ def pointwise_variant(kernel, shape, row, dtype, gated):
     if kernel == "pointwise":
         flags["MOMENTS"] = True
     else:
-        flags["Y_ACT"] = 2
+        flags |= {"Y_ACT": 2, "OFFSET": gated} | ({"grad": None} if gated else {"offset": None})
     if kernel == "pointwise_dgrad":
         flags |= {"RESIDUAL": False, "residual": None, "STORE": True, "SUMS": True}
     return getattr(pointwise, f"{kernel}_kernel"), flags, warps, stages

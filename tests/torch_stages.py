@@ -58,7 +58,7 @@ def depthwise_backward(
 
 def _upstream(grad, y, y_bn, coef, y_act, gate=None, offset=None):
     """dy, the gradient at a convolution's output."""
-    g = grad
+    g = torch.zeros_like(y) if grad is None else grad
     if gate is not None:
         g = g * gate[:, :, None, None].to(g.dtype)
     if offset is not None:
@@ -104,8 +104,10 @@ def pointwise(x, weight, bn, act, gate, moments):
     return y, _moments(y, moments)
 
 
-def pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw):
-    dy = _upstream(grad, y, y_bn, coef, y_act)
+def pointwise_backward(
+    grad, y, y_bn, coef, y_act, offset, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw
+):
+    dy = _upstream(grad, y, y_bn, coef, y_act, None, offset)
     z = x if bn is None else reference._act(_normalize(x, bn), act)
     operand = z if gate is None else z * gate[:, :, None, None].to(z.dtype)
     gz, dw = _convolution_backward(dy, operand, weight, 1)

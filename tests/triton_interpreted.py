@@ -82,7 +82,9 @@ def pointwise_backward_calls(dtype):
         weight, gate = (torch.randn(e, c, 1, 1) / c**0.5).to(dtype), torch.rand(n, c)
         x, residual = map_(dtype, n, c, h, w), map_(dtype, n, c, h, w)
         for y_act, act in zip(ACTS, reversed(ACTS), strict=True):
-            up = map_(dtype, n, e, h, w), map_(dtype, n, e, h, w), table(e), coefficients(e), y_act
+            up = map_(dtype, n, e, h, w), map_(dtype, n, e, h, w), table(e), coefficients(e), y_act, None
+            if y_act == 2:
+                yield None, *up[1:-1], torch.randn(n, e), x, weight, table(c), act, None, None, True, True, True
             yield *up, x, weight, table(c), act, gate if act % 2 else None, None, True, True, act < 2
         yield *up, x, weight, None, 0, None, residual, True, True, True
     yield *up, x, weight, table(c), 2, gate, None, True, False, True
@@ -258,7 +260,7 @@ def test_empty_batch():
     assert y.shape == (0, 9, 4, 4) and torch.equal(moments, torch.zeros(2, 9))
     y, moments = TRITON.depthwise(x, torch.randn(5, 1, 3, 3), table(5), 2, 2, True)
     assert y.shape == (0, 5, 2, 2) and torch.equal(moments, torch.zeros(2, 5))
-    up = map_(torch.float32, 0, 9, 4, 4), map_(torch.float32, 0, 9, 4, 4), table(9), coefficients(9), 2
+    up = map_(torch.float32, 0, 9, 4, 4), map_(torch.float32, 0, 9, 4, 4), table(9), coefficients(9), 2, None
     gx, sums, dw = TRITON.pointwise_backward(*up, x, weight, table(5), 2, None, None, True, True, True)
     assert gx.shape == x.shape and torch.equal(sums, torch.zeros(2, 5)) and torch.equal(dw, torch.zeros(9, 5, 1, 1))
 
@@ -290,6 +292,7 @@ def test_bad_input_is_refused(message):
 BLOCKS = [
     Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", **SIZES),
     Case("pointwise_conv_bn_act", **SIZES),
+    Case("pointwise_conv_bn_act_pool", **SIZES),
     Case("separable_conv", stride=2, activation="relu", **SIZES),
     Case(residual=True, **SIZES),
     Case(stride=2, kernel=5, excite=True, activation="hardswish", **SIZES),
@@ -319,3 +322,22 @@ def test_blocks():
             assert distance <= 1e-4, f"{case} {name}: {distance:.1e} from the reference"
             judge.add(name.rstrip("0123456789"), ours[name], torchs[name], ref)
     judge.verdict()
+
+
+@pytest.mark.parametrize("excite", [False, True])
+def test_one_graph(excite):
+    """torch.compile, forward and backward in one graph each, to the bit what runs without it."""
+    inputs = Inputs(Case(residual=True, excite=excite, **SIZES | {"n": 1}), torch.float32)
+    upstream = upstream_of(inputs.call()).float()
+    torch._dynamo.reset()
+    results = []
+    with mk.backend("triton", "chain"):
+        for call in (inputs.call, torch.compile(inputs.call, fullgraph=True, backend="aot_eager")):
+            for bn in inputs.bns:
+                bn.reset_running_stats()
+            with mk.count_stages() as counts:
+                out = call()
+                grads = torch.autograd.grad(out, list(inputs.leaves.values()), upstream)
+            results.append([out.detach(), *grads, *(b.clone() for bn in inputs.bns for b in bn.buffers())])
+        assert not counts  # of the compiled call: the graph has the stages, none is called from Python
+    assert all(map(torch.equal, *results))

@@ -156,13 +156,21 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
   for (int64_t row = unit.row_begin; row < unit.row_end; row += plan.tile_rows) {
     const int rows = static_cast<int>(least<int64_t>(plan.tile_rows, unit.row_end - row));
     with_activation(p.y_act, [&](auto act) {
-      upstream_rows<Storage, decltype(act)>(static_cast<const Lane*>(p.grad) + row * p.e,
-                                            static_cast<const Lane*>(p.y) + row * p.e, rows, p.e, upstream, tile, stride);
+      const Lane* y = static_cast<const Lane*>(p.y) + row * p.e;
+      if (p.offset == nullptr) {
+        upstream_rows<Storage, decltype(act)>(static_cast<const Lane*>(p.grad) + row * p.e, y, rows, p.e, upstream, tile,
+                                              stride);
+        return;
+      }
+      for_images(row, rows, p.image_positions, [&](int64_t image, int first, int count) {
+        upstream_rows<Storage, decltype(act)>(SameGradient{p.offset + image * p.e}, y + int64_t{first} * p.e, count, p.e,
+                                              upstream, tile + first * stride, stride);
+      });
     });
     Ahead ahead;
     if (const int64_t next = row + rows; next < unit.row_end) {
       const int64_t count = least<int64_t>(plan.tile_rows, unit.row_end - next);
-      ahead.add(static_cast<const Lane*>(p.grad) + next * p.e, count * p.e * sizeof(Lane));
+      if (p.grad != nullptr) ahead.add(static_cast<const Lane*>(p.grad) + next * p.e, count * p.e * sizeof(Lane));
       ahead.add(static_cast<const Lane*>(p.y) + next * p.e, count * p.e * sizeof(Lane));
       if (plan.blocks == 1) {
         ahead.add(static_cast<const Lane*>(p.x) + next * p.c, count * p.c * sizeof(Lane));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/activation.h"
 #include "gemm.h"
@@ -100,17 +101,27 @@ struct UpstreamTables {
   const float *scale, *shift, *mean, *b, *c;
 };
 
-// dy of rows that `grad` and `y` point to, rounded to storage (schema.py).
-template <typename Storage, typename Act>
-void upstream_rows(const typename Storage::Lane* grad, const typename Storage::Lane* y, int rows, int channels,
-                   const UpstreamTables& t, float* tile, int64_t stride) {
+// One gradient a channel, of every row.
+struct SameGradient {
+  const float* values;
+};
+
+// dy of rows that `grad` (or SameGradient) and `y` point to, rounded to storage (schema.py).
+template <typename Storage, typename Act, typename Gradient>
+void upstream_rows(Gradient grad, const typename Storage::Lane* y, int rows, int channels, const UpstreamTables& t,
+                   float* tile, int64_t stride) {
   for (int row = 0; row < rows; ++row) {
     for_vectors(channels, [&](auto partial, int e, int valid) __attribute__((always_inline)) {
       constexpr bool kPartial = decltype(partial)::value;
       const int64_t at = int64_t{row} * channels + e;
       const Vec scale = load_vec(t.scale + e), b = load_vec(t.b + e), c = load_vec(t.c + e);
       const Vec value = load_map<Storage, kPartial>(y + at, valid);
-      Vec g = load_map<Storage, kPartial>(grad + at, valid);
+      Vec g;
+      if constexpr (std::is_same_v<Gradient, SameGradient>) {
+        g = load_lanes<kPartial, float, Vec>(grad.values + e, valid);
+      } else {
+        g = load_map<Storage, kPartial>(grad + at, valid);
+      }
       if constexpr (Act::kCode != Activation::kIdentity) g = g * Act::bwd(Vec(scale * value + load_vec(t.shift + e)));
       store_row<Storage, false>(tile + row * stride, e, Vec(scale * g + b * (value - load_vec(t.mean + e)) + c));
     });

@@ -32,12 +32,12 @@ static std::tuple<at::Tensor, at::Tensor> pointwise(const at::Tensor& x, const a
 }
 
 static std::tuple<at::Tensor, at::Tensor, at::Tensor> pointwise_backward(
-    const at::Tensor& grad, const at::Tensor& y, const at::Tensor& y_bn, const at::Tensor& coef, int64_t y_act,
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bn, int64_t act,
-    const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& residual, bool needs_dx, bool needs_sums,
-    bool needs_dw) {
-  const PointwiseBackwardCall call = prepare_pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate,
-                                                                residual, needs_dx, needs_sums, needs_dw);
+    const std::optional<at::Tensor>& grad, const at::Tensor& y, const at::Tensor& y_bn, const at::Tensor& coef,
+    int64_t y_act, const std::optional<at::Tensor>& offset, const at::Tensor& x, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bn, int64_t act, const std::optional<at::Tensor>& gate,
+    const std::optional<at::Tensor>& residual, bool needs_dx, bool needs_sums, bool needs_dw) {
+  const PointwiseBackwardCall call = prepare_pointwise_backward(grad, y, y_bn, coef, y_act, offset, x, weight, bn, act,
+                                                                gate, residual, needs_dx, needs_sums, needs_dw);
   const PointwiseBackwardParams& params = call.params;
   const Capability isa = capability();
   const PointwisePlan plan = plan_pointwise_backward(params, isa);

@@ -110,13 +110,14 @@ int64_t pointwise_backward_workspace(const PointwiseBackwardParams& p, Dtype dty
 
 static bool tables_aligned(const PointwiseBackwardParams& p) {
   return aligned(p.y_bn) && aligned(p.coef) && (p.bn == nullptr || aligned(p.bn)) &&
-         (p.gate == nullptr || aligned(p.gate));
+         (p.gate == nullptr || aligned(p.gate)) && (p.offset == nullptr || aligned(p.offset));
 }
 
 template <typename T>
 static UpstreamSource upstream(const PointwiseBackwardParams& p) {
-  const bool vectorized = p.e % Pack<T>::kSize == 0 && aligned(p.grad) && aligned(p.y) && tables_aligned(p);
-  return {p.grad, p.y, p.y_bn, p.coef, p.e, p.y_act, vectorized};
+  const bool vectorized =
+      p.e % Pack<T>::kSize == 0 && (p.grad == nullptr || aligned(p.grad)) && aligned(p.y) && tables_aligned(p);
+  return {p.grad, p.offset, Images(p.image_positions), p.y, p.y_bn, p.coef, p.e, p.y_act, vectorized};
 }
 
 static cudaError_t combine_input_sums(const PointwiseBackwardParams& p, const RowTiling& tiling, const float* partials,

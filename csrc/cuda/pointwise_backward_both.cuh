@@ -68,7 +68,7 @@ class BesideGradient {
       for (int quad = 0; quad < Tile::kVec / 4; ++quad) {
         const int left = valid - quad * 4;
         float scale[4], shift[4];
-        load_table(source_.bn + channel + MNET_PLANT(12, quad * 4, 0), left, source_.vectorized, scale);
+        load_table(source_.bn + channel + MNET_PLANT(15, quad * 4, 0), left, source_.vectorized, scale);
         load_table(source_.bn + source_.c + channel + quad * 4, left, source_.vectorized, shift);
         MNET_UNROLL_BY(1)
         for (int u = 0; u < Mine::kLoads && Mine::row(u) < rows; ++u) {
@@ -86,7 +86,7 @@ class BesideGradient {
   MNET_DEVICE void multiply(int tile, int step, const Pack<T>* dy) {
     MNET_UNROLL
     for (int k = 0; k < Traits::kSteps; ++k) {  // registers have no index
-      if (k == MNET_PLANT(10, step, 0)) {
+      if (k == MNET_PLANT(13, step, 0)) {
         mnet::cuda::multiply<Math::kTensor, typename Traits::Transposed, Tile>(dy, at(tile), part_row(), part_column(), 4,
                                                                                sums_[k]);
       }
@@ -102,7 +102,7 @@ class BesideGradient {
   }
 
  private:
-  MNET_DEVICE Pack<T>* at(int tile) const { return tiles_ + MNET_PLANT(11, tile % 2, 0) * Tile::kPacks; }
+  MNET_DEVICE Pack<T>* at(int tile) const { return tiles_ + MNET_PLANT(14, tile % 2, 0) * Tile::kPacks; }
   static MNET_DEVICE int part_row() { return threadIdx.x / 32 % Traits::kPartsDown * Traits::kPartRows; }
   static MNET_DEVICE int part_column() { return threadIdx.x / 32 / Traits::kPartsDown * Traits::kPartColumns; }
 

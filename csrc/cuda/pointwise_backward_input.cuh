@@ -94,7 +94,7 @@ class StoreGradient {
     MNET_UNROLL
     for (int i = 0; i < 2; ++i) {
       MNET_UNROLL
-      for (int v = 0; v < kVec; ++v) slot(i * kVec + v) += MNET_PLANT(3, sum_[i][v], sum_[i][0]);
+      for (int v = 0; v < kVec; ++v) slot(i * kVec + v) += MNET_PLANT(10, sum_[i][v], sum_[i][0]);
     }
   }
 
@@ -108,7 +108,7 @@ class StoreGradient {
       float sum = 0.f;
       for_threads_of_column<Traits>(
           column, [&](int thread) {
-            sum += slots_[(i * kVec + MNET_PLANT(1, column % kVec, 0)) * Traits::kThreads + thread];
+            sum += slots_[(i * kVec + MNET_PLANT(9, column % kVec, 0)) * Traits::kThreads + thread];
           });
       workspace[(chunk * rows + i) * p_.c + block_column + column] = sum;
     }

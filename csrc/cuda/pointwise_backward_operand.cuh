@@ -6,8 +6,11 @@
 namespace mnet::cuda {
 
 // dy = scale * g + b * (y - mean) + c with g = grad * act'(scale * y + shift): the batch norm's backward, as it is read.
+// An image's offset, one value a channel, takes the place of grad where there is none.
 struct UpstreamSource {
   const void* grad;
+  const float* offset;
+  Images images;
   const void* y;
   const float* y_bn;
   const float* coef;
@@ -28,11 +31,13 @@ struct Upstream {
   MNET_DEVICE int channels() const { return s.e; }
 
   MNET_DEVICE void issue(Pack<T>* tile, int64_t position, int rows, int first_channel) const {
-    Mine::issue(s.grad, position, rows, first_channel, s.e, s.vectorized, tile);
+    // Without grad no row of its tile exists: zeros, which dy replaces.
+    Mine::issue(s.grad == nullptr ? s.y : s.grad, position, s.grad == nullptr ? 0 : rows, first_channel, s.e, s.vectorized,
+                tile);
     Mine::issue(s.y, position, rows, first_channel, s.e, s.vectorized, tile + Tile::kPacks);
   }
 
-  MNET_DEVICE void prepare(Pack<T>* tile, int64_t, int rows, int first_channel) const {
+  MNET_DEVICE void prepare(Pack<T>* tile, int64_t position, int rows, int first_channel) const {
     constexpr int kVec = Tile::kVec;
     const int channel = first_channel + Mine::channel(), valid = s.e - channel;
     if (valid <= 0) return;
@@ -52,12 +57,20 @@ struct Upstream {
         for (int u = 0; u < Mine::kLoads && Mine::row(u) < rows; ++u) {
           Pack<T>& grad = reinterpret_cast<Pack<T>&>(Mine::words(tile, u));
           const Pack<T>& y = reinterpret_cast<const Pack<T>&>(Mine::words(tile + Tile::kPacks, u));
+          float upper[4];
+          if (s.offset != nullptr) {
+            const int64_t image = s.images.of(MNET_PLANT(12, position + Mine::row(u), position));
+            load_table(s.offset + image * s.e + channel + quad * 4, left, s.vectorized, upper);
+          } else {
+            MNET_UNROLL
+            for (int k = 0; k < 4; ++k) upper[k] = to_float(grad.lane[quad * 4 + k]);
+          }
           MNET_UNROLL
           for (int k = 0; k < 4; ++k) {
             const float value = to_float(y.lane[quad * 4 + k]);
-            const float g = to_float(grad.lane[quad * 4 + k]) * decltype(act)::bwd(fmaf(scale[k], value, shift[k]));
+            const float g = upper[k] * decltype(act)::bwd(fmaf(scale[k], value, shift[k]));
             const float dy = fmaf(scale[k], g, fmaf(b[k], value - mean[k], c[k]));
-            grad.lane[quad * 4 + k] = from_float<T>(k < MNET_PLANT(2, left, left - 1) ? dy : 0.f);
+            grad.lane[quad * 4 + k] = from_float<T>(k < MNET_PLANT(11, left, left - 1) ? dy : 0.f);
           }
         }
       }

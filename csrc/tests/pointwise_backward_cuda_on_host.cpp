@@ -1,6 +1,7 @@
 // The CUDA kernels of the pointwise backward, run on the CPU (cuda_host.h) under every schedule, against sums in double.
 #include <cstdio>
 #include <cstdlib>
+#include <tuple>
 
 #include "../cuda/combine.cu"
 #include "../cuda/pointwise_backward.cu"  // the launcher itself, its launches replaced
@@ -89,6 +90,11 @@ int main() try {
   test::PointwiseCase unaligned{1, 40, 16, 16, 2, false, false}, transposed{1, 40, 16, 40, 2, false, false};
   unaligned.skew = 1;
   transposed.weight_transposed = true;
+  for (const auto& [images, area, e] : {std::tuple{5, 33, 40}, {40, 1, 16}, {3, 70, 21}, {0, 4, 16}}) {
+    test::PointwiseCase pooled{images, area, 24, e, 2, false, false};
+    pooled.pooled = true;
+    cases.push_back({pooled});
+  }
   cases.push_back({unaligned});
   cases.push_back({transposed});
   int failures = 0, checks = 0;

@@ -1,5 +1,6 @@
 // The CPU pointwise kernels of every capability this machine has, against sums in double, element by element.
 #include <cstdio>
+#include <utility>
 
 #include "../cpu/pointwise.h"
 #include "pointwise_reference.h"
@@ -42,6 +43,11 @@ int main() {
       {1, 50, 9, 530, 3, false, false}, {9, 97, 17, 130, 2, false, false}};
   for (int act = -1; act < kNumActivations; ++act) {
     for (const bool gate : {false, true}) shapes.push_back({5, 63, 19, 26, act, gate, false});
+  }
+  for (const auto& [images, area] : {std::pair{5, 63}, {90, 1}, {2, 130}, {0, 4}}) {
+    test::PointwiseCase pooled{images, area, 19, 37, 2, false, false};
+    pooled.pooled = true;
+    shapes.push_back(pooled);
   }
   int failures = 0, checks = 0;
   for (int level = 0; level <= static_cast<int>(cpu::supported_capability()); ++level) {

@@ -14,6 +14,7 @@ struct PointwiseCase {
   int skew = 0;                    // elements by which every map misses alignment
   bool weight_transposed = false;  // weight strides other than contiguous
   bool constant = false;           // x is the same at every position
+  bool pooled = false;             // the upstream is an offset instead of grad
 };
 
 // How far a kernel's arithmetic may be from the reference's beyond the rounding of its results.
@@ -54,6 +55,7 @@ class PointwiseProblem {
     gate = uniform(int64_t{s.images} * s.c, 0, 1);
     y_bn = uniform(5 * s.e, -1, 1);
     coef = uniform(4 * s.e, -1, 1);
+    offset = uniform(int64_t{s.images} * s.e, -2, 2);
     act_ = static_cast<Activation>(s.act < 0 ? 0 : s.act);
   }
 
@@ -77,7 +79,8 @@ class PointwiseProblem {
 
   PointwiseBackwardParams backward() {
     PointwiseBackwardParams b{};
-    b.grad = grad.data();
+    b.grad = s.pooled ? nullptr : grad.data();
+    b.offset = s.pooled ? offset.data() : nullptr;
     b.y = y.data();
     b.y_bn = y_bn.data();
     b.coef = coef.data();
@@ -191,7 +194,7 @@ class PointwiseProblem {
   const Dtype dtype;
   const int64_t positions;
   Buffer x, weight, y, grad, gx, residual;
-  std::vector<float> bn, gate, y_bn, coef, moments, sums, dw;
+  std::vector<float> bn, gate, y_bn, coef, offset, moments, sums, dw;
 
  private:
   static constexpr Activation kUpstream = Activation::kHardswish;
@@ -218,8 +221,8 @@ class PointwiseProblem {
   void report(const char* what, int64_t at, double got, double want, double bound) {
     if (std::fabs(got - want) <= bound) return;
     if (good_) {
-      std::printf("%s %s n%d area %d c%d e%d act %d gate %d skew %d: %s[%lld] is %.9g, expected %.9g within %.3g\n",
-                  label_.c_str(), name(dtype), s.images, s.area, s.c, s.e, s.act, s.gate, s.skew, what,
+      std::printf("%s %s n%d area %d c%d e%d act %d gate %d pooled %d skew %d: %s[%lld] is %.9g, expected %.9g within %.3g\n",
+                  label_.c_str(), name(dtype), s.images, s.area, s.c, s.e, s.act, s.gate, s.pooled, s.skew, what,
                   static_cast<long long>(at), got, want, bound);
     }
     good_ = false;
@@ -246,7 +249,8 @@ class PointwiseProblem {
     for (int64_t i = 0; i < positions * s.e; ++i) {
       const int e = static_cast<int>(i % s.e);
       const auto value = static_cast<float>(y.get(i));
-      const double g = grad.get(i) * activate(kUpstream, std::fmaf(y_bn[e], value, y_bn[s.e + e]), true);
+      const double given = s.pooled ? offset[i / s.e / s.area * s.e + e] : grad.get(i);
+      const double g = given * activate(kUpstream, std::fmaf(y_bn[e], value, y_bn[s.e + e]), true);
       const double parts[] = {y_bn[e] * g, coef[e] * (static_cast<double>(value) - y_bn[2 * s.e + e]), coef[s.e + e]};
       dy_[i] = round_to(dtype, parts[0] + parts[1] + parts[2]);
       dy_slack_[i] = 2 * unit() * std::fabs(dy_[i]) +

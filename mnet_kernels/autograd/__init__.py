@@ -45,6 +45,7 @@ class Block(NamedTuple):
     excite: tuple[str, str] | None  # the names of squeeze-excite's activation and gate
     source_act: int | None = None  # x is raw: its bn table is the last tensor, this its activation
     raw: bool = False  # the output is raw, followed by its bn table
+    pooled: bool = False  # the output is the mean over H and W, [N, C]; the last layer is pointwise
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -115,7 +116,8 @@ class FusedBlock(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         saved, rest = rest[: ctx.saved_count], rest[ctx.saved_count :]
         weights, extra = rest[:count], rest[count:]
-        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        if not block.pooled:
+            grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         if block.raw:
             grad = grad, others[0]
         needs = ctx.needs_input_grad[2:]

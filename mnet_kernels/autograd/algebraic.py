@@ -52,7 +52,9 @@ def backward(stage, block, grad, x, saved, weights, excite, needs_x, needs):
         return None, grads
     # B1 only reduces: g2 is rebuilt in B2 from narrow tensors rather than written and read at full width
     gate, offset = (gates[1] if gates else None), None
-    _, sums, dw3 = stage.pointwise_backward(*upstream3, y2, w3, bn2, depthwise.act, gate, None, False, below, needs_w3)
+    _, sums, dw3 = stage.pointwise_backward(
+        *upstream3, None, y2, w3, bn2, depthwise.act, gate, None, False, below, needs_w3
+    )
     grads[2 * PER_LAYER] = dw3 if needs_w3 else None
     if not below:
         return None, grads

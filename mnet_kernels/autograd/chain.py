@@ -16,7 +16,8 @@ def _source(block, x, extra):
 def forward(stage, block, x, layers, weights, extra):
     """Returns (out, saved tensors, [mean, unbiased variance] of every layer with batch statistics).
 
-    ``extra``: squeeze-excite's tensors, or x's bn table if x is raw.  out is (map, bn table) if ``block.raw``.
+    ``extra``: squeeze-excite's tensors, or x's bn table if x is raw.  out is (map, bn table) if ``block.raw``, and
+    [N, C] if ``block.pooled``.
     """
     y, bn, act = _source(block, x, extra)
     gate, gates, maps, bns, stats = None, [], [], [], []
@@ -34,6 +35,10 @@ def forward(stage, block, x, layers, weights, extra):
         bns.append(bn)
         if layer.batch_stats:
             stats += [bn[2], bn[4]]
+    if block.pooled:
+        squeezed = stage.squeeze(y, bn, act)
+        # a copy: who changes the output in place does not change what is saved
+        return squeezed[0].to(x.dtype, copy=True), [*maps, *bns, squeezed], stats
     # a copy of the table: the statistics are rows of it, and would carry its gradient into the running ones
     out = (y, bn.clone()) if block.raw else stage.normalize(y, bn, act, x if block.residual else None)
     return out, [*maps, *bns, *gates], stats
@@ -43,17 +48,21 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
     """Returns (dx or None, gradients in the order of the tensors given to ``FusedBlock.apply``).
 
     ``grad`` is (masked gradient, sums in a bn table) if ``block.raw``; what is returned for x and for its bn table is
-    the same if x is raw.
+    the same if x is raw.  If ``block.pooled`` it is [N, C], and no map of gradients is made of it.
     """
     count = len(block.layers)
     maps, bns, gates = saved[:count], saved[count : 2 * count], saved[2 * count :]
     grads = [None] * (count * PER_LAYER + len(extra))
     gate, offset, dx = None, None, None
     # the last layer's activation is still to be masked; further down the stages hand on masked gradients
+    y_act = block.layers[-1].act
     if block.raw:
         grad, sums, y_act = grad[0], grad[1][:2].contiguous(), IDENTITY
+    elif block.pooled:
+        slopes = gates[0][1:]  # sums of act' and act' (y - mean) an image, which offset is the factor of
+        offset = (grad.to(slopes.dtype) / (maps[-1].shape[2] * maps[-1].shape[3])).contiguous()
+        grad, sums = None, (offset * slopes).sum(1)
     else:
-        y_act = block.layers[-1].act
         sums = stage.normalize_backward(grad, maps[-1], bns[-1], y_act)
     residual = grad if block.residual else None
     for i in reversed(range(count)):
@@ -71,7 +80,7 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
         if layer.kind == "pointwise":
             inner = gates[1] if excited else None
             grad, sums, dw = stage.pointwise_backward(
-                *upstream, source, weights[i], bn, act, inner, skip, below, below, needs[at]
+                *upstream, offset, source, weights[i], bn, act, inner, skip, below, below, needs[at]
             )
         else:
             grad, sums, dw = stage.depthwise_backward(

@@ -47,6 +47,11 @@ def squeeze_excite(x, se):
     return GATES[se.gate](F.conv2d(q, se.expand_weight, se.expand_bias)) * x
 
 
+def pool(x):
+    """Mean over H and W, [N, C, H, W] -> [N, C]."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
 def block(x, layers, residual, se):
     """Run the layers one after another; ``se`` sits before the last, the input is added at the end."""
     out = x

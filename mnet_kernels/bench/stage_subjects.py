@@ -200,7 +200,7 @@ class ConvolutionBackward(Convolution):
         act = IDENTITY if layer.act is None else NAMES.index(layer.act)
         upstream = (grad, y, new.table(y), new.vector(4, layer.out_channels), IDENTITY)
         if layer.kind == "pointwise":
-            tail = (x, weight, bn, act, None, None, True, True, True)
+            tail = (None, x, weight, bn, act, None, None, True, True, True)
             return lambda: table.pointwise_backward(*upstream, *tail)
         tail = (None, None, x, weight, bn, act, layer.stride, None, True, True)
         return lambda: table.depthwise_backward(*upstream, *tail)

@@ -79,8 +79,8 @@ def _work(op, args, outputs):
         y = outputs[0]
         return 0.0, (_taps(weight) + _MOMENTS) * y.numel() + _NORMALISE * x.numel() * (bn is not None)
     if op == "pointwise_backward":
-        y, x, weight, bn = args[1], args[5], args[6], args[7]
-        dx, sums, dw = args[11:14]
+        y, x, weight, bn = args[1], args[6], args[7], args[8]
+        dx, sums, dw = args[12:15]
         lanes = _NORMALISE * (y.numel() + 2 * x.numel() * (bn is not None))
         return ((dx or sums) + dw) * _product(weight, _positions(y)), lanes
     if op == "depthwise_backward":

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import nn
 
-from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct
+from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct, run_pooled
 from .common import dense_conv_bn_act, initialise, make_divisible
 from .weights import load_weights
 
@@ -77,8 +77,7 @@ class FusedMobileNetV2(nn.Module):
         initialise(self)
 
     def forward(self, x):
-        x = self.features(x)
-        return self.classifier(nn.functional.adaptive_avg_pool2d(x, (1, 1)).flatten(1))
+        return self.classifier(run_pooled(self.features, x))
 
 
 def fused_mobilenet_v2(*, weights=None, progress=True, **kwargs):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct
+from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct, run_pooled
 from .common import dense_conv_bn_act, initialise, make_divisible
 from .weights import load_weights
 
@@ -196,7 +196,7 @@ class FusedMobileNetV3(nn.Module):
         initialise(self)
 
     def forward(self, x):
-        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+        return self.classifier(run_pooled(self.features, x, self.avgpool))
 
 
 def _build(arch, width_mult=1.0, width_rule="torchvision", reduced_tail=False, dilated=False, **kwargs):

@@ -1,6 +1,7 @@
 """Fused modules over the functional API; children and state_dict keys as in torchvision."""
 
-from .conv_bn_act import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct
+from .conv_bn_act import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct, FusedPointwiseConvBNActPool
+from .head import run_pooled
 from .inverted_residual import FusedInvertedResidual
 from .separable import FusedSeparable, FusedSeparableSequence
 from .squeeze_excite import SqueezeExcite
@@ -9,7 +10,9 @@ __all__ = [
     "FusedDepthwiseConvBNAct",
     "FusedInvertedResidual",
     "FusedPointwiseConvBNAct",
+    "FusedPointwiseConvBNActPool",
     "FusedSeparable",
     "FusedSeparableSequence",
     "SqueezeExcite",
+    "run_pooled",
 ]

@@ -96,7 +96,25 @@ class FusedPointwiseConvBNAct(FusedConvBNAct):
         super().__init__(*_modules(conv, norm_layer, activation_layer), backend=backend, mode=mode)
 
     def run_fused(self, x):
+        return self._run(functional.pointwise_conv_bn_act, x)
+
+    def run_pooled(self, x):
+        """Mean over H and W of what ``run_fused`` gives, [N, O], which is not written."""
+        return self._run(functional.pointwise_conv_bn_act_pool, x)
+
+    def _run(self, op, x):
         _, weight, bn, activation, _ = self.layer()
-        return functional.pointwise_conv_bn_act(
-            x, weight, bn, activation=activation, backend=self.backend, mode=self.mode
-        )
+        return op(x, weight, bn, activation=activation, backend=self.backend, mode=self.mode)
+
+
+class FusedPointwiseConvBNActPool(FusedPointwiseConvBNAct):
+    """Mean over H and W of act(BN(1x1 convolution of x)), [N, C, H, W] -> [N, O]: what stands before a classifier.
+
+    Arguments and state_dict keys are those of :class:`FusedPointwiseConvBNAct`; its output is never written.
+    """
+
+    def run_native(self, x):
+        return nn.functional.adaptive_avg_pool2d(super().run_native(x), 1).flatten(1)
+
+    def run_fused(self, x):
+        return self.run_pooled(x)

@@ -143,7 +143,7 @@ def _moments(y, wanted):
 
 def _upstream(grad, y, y_bn, coef, y_act, gate=None, offset=None):
     """g and dy of a backward stage's upstream (schema.py), dy rounded to storage as the operand of a product."""
-    g = _acc(grad)
+    g = 0.0 if grad is None else _acc(grad)
     if gate is not None:
         g = g * _image(gate)
     if offset is not None:
@@ -235,8 +235,10 @@ def depthwise_backward(
     return gx, sums, (_fresh(dw) if needs_dw else _none(x))
 
 
-def pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw):
-    _, dy = _upstream(grad, y, y_bn, coef, y_act)
+def pointwise_backward(
+    grad, y, y_bn, coef, y_act, offset, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw
+):
+    _, dy = _upstream(grad, y, y_bn, coef, y_act, None, offset)
     gx, sums, dw = x.new_empty(0), _none(x), _none(x)
     if needs_dw:
         dw = _outer_sum(dy, _prologue(x, bn, act, gate)).view(weight.shape)

@@ -83,6 +83,17 @@ def chunk_rows(chunk, segment_rows, per_segment, rows):
 
 
 @triton.jit
+def load_image_values(table, row, p, c, valid, channels, image_rows):
+    """A tile of what a table [images, channels] holds for the image of each position.
+
+    The division is of 32-bit offsets from the tile's first image: one of 64-bit positions costs registers and time.
+    """
+    first = row // image_rows
+    image = (p + (row - first * image_rows)).to(tl.int32) // image_rows
+    return tl.load(table + first * channels + (image[:, None] * channels + c[None, :]), mask=valid, other=0.0)
+
+
+@triton.jit
 def load_operand(
     x, bn, gate, row, p, c, valid, channels, image_rows,
     ACT: tl.constexpr, NORMALIZED: tl.constexpr, GATED: tl.constexpr,
@@ -95,8 +106,7 @@ def load_operand(
         shift = tl.load(bn + channels + c, mask=in_c, other=0.0)
         v = activate(normalized(v, scale[None, :], shift[None, :]), ACT)
     if GATED:
-        image = (row + p) // image_rows
-        v = v * tl.load(gate + image[:, None] * channels + c[None, :], mask=valid, other=0.0)
+        v = v * load_image_values(gate, row, p, c, valid, channels, image_rows)
     if NORMALIZED:
         v = tl.where(valid, v, 0.0)
     return operand(v, x.dtype.element_ty)
@@ -110,19 +120,24 @@ def upstream(grad, y, scale, shift, mean, b, c, ACT: tl.constexpr):
 
 
 @triton.jit
-def load_upstream(grad, y, y_bn, coef, row, p, e, valid, channels, Y_ACT: tl.constexpr):
-    """A tile of dy, rounded to storage, zero where not valid."""
+def load_upstream(
+    grad, y, y_bn, coef, offset, row, p, e, valid, channels, image_rows, Y_ACT: tl.constexpr, OFFSET: tl.constexpr
+):  # fmt: skip
+    """A tile of dy, rounded to storage, zero where not valid.  OFFSET: an image's offset takes the place of grad."""
     in_e = e < channels
-    offset = p[:, None] * channels + e[None, :]
-    g = tl.load(grad + row * channels + offset, mask=valid, other=0.0).to(tl.float32)
-    v = tl.load(y + row * channels + offset, mask=valid, other=0.0).to(tl.float32)
+    at = p[:, None] * channels + e[None, :]
+    if OFFSET:
+        g = load_image_values(offset, row, p, e, valid, channels, image_rows)
+    else:
+        g = tl.load(grad + row * channels + at, mask=valid, other=0.0).to(tl.float32)
+    v = tl.load(y + row * channels + at, mask=valid, other=0.0).to(tl.float32)
     scale = tl.load(y_bn + e, mask=in_e, other=0.0)[None, :]
     shift = tl.load(y_bn + channels + e, mask=in_e, other=0.0)[None, :]
     mean = tl.load(y_bn + 2 * channels + e, mask=in_e, other=0.0)[None, :]
     b = tl.load(coef + e, mask=in_e, other=0.0)[None, :]
     c = tl.load(coef + channels + e, mask=in_e, other=0.0)[None, :]
     dy = tl.where(valid, upstream(g, v, scale, shift, mean, b, c, Y_ACT), 0.0)
-    return operand(dy, grad.dtype.element_ty)
+    return operand(dy, y.dtype.element_ty)
 
 
 # ---- moments: of short runs about one of their own values, merged by Chan's formula -------------------------------

@@ -95,12 +95,13 @@ def pointwise_kernel(
         tl.store(at + 2 * outputs, m2, mask=in_e)
 
 
-@triton.jit(do_not_specialize=["segment_rows", "per_segment", "chunk_size"])
+@triton.jit(do_not_specialize=_COUNTS)
 def pointwise_dgrad_kernel(
-    grad, y, y_bn, coef, x, weight, bn, residual, gx, partials, segment_rows, per_segment, chunk_size,
-    units_in, units_out, ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, Y_ACT: tl.constexpr, ACT: tl.constexpr,
-    NORMALIZED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    grad, y, y_bn, coef, offset, x, weight, bn, residual, gx, partials, segment_rows, per_segment, chunk_size,
+    image_rows, units_in, units_out, ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, Y_ACT: tl.constexpr,
+    OFFSET: tl.constexpr, ACT: tl.constexpr, NORMALIZED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    STORE: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """gx = W^T dy, masked by the activation of x or plus the residual; partials: sums over the chunk's positions.
 
@@ -123,23 +124,25 @@ def pointwise_dgrad_kernel(
         for start in range(0, outputs, BLOCK_E):
             e = start + tl.arange(0, BLOCK_E)
             valid = in_p[:, None] & (e < outputs)[None, :]
-            dy = load_upstream(grad, y, y_bn, coef, row, p, e, valid, outputs, Y_ACT)
+            dy = load_upstream(
+                grad, y, y_bn, coef, offset, row, p, e, valid, outputs, image_rows, Y_ACT, OFFSET
+            )  # fmt: skip
             in_w = (e < outputs)[:, None] & in_c[None, :]
             w = tl.load(weight + (e[:, None] * channels + c[None, :]), mask=in_w, other=0.0)
             acc = tl.dot(dy, operand(w.to(tl.float32), weight.dtype.element_ty), acc, input_precision=PRECISION)
         valid = in_p[:, None] & in_c[None, :]
-        offset = p[:, None] * channels + c[None, :]
+        at = p[:, None] * channels + c[None, :]
         if RESIDUAL:
-            acc += tl.load(residual + row * channels + offset, mask=valid, other=0.0).to(tl.float32)
+            acc += tl.load(residual + row * channels + at, mask=valid, other=0.0).to(tl.float32)
         if NORMALIZED:
-            v = tl.load(x + row * channels + offset, mask=valid, other=0.0).to(tl.float32)
+            v = tl.load(x + row * channels + at, mask=valid, other=0.0).to(tl.float32)
             scale = tl.load(bn + c, mask=in_c, other=0.0)[None, :]
             shift = tl.load(bn + channels + c, mask=in_c, other=0.0)[None, :]
             u = normalized(v, scale, shift)
             if not GATED:
                 acc = masked(acc, u, ACT)
         if STORE:
-            tl.store(gx + row * channels + offset, to_storage(acc, gx.dtype.element_ty), mask=valid)
+            tl.store(gx + row * channels + at, to_storage(acc, gx.dtype.element_ty), mask=valid)
             acc = rounded(acc, gx.dtype.element_ty)
         if SUMS:
             g = tl.where(valid, acc, 0.0)
@@ -162,9 +165,9 @@ def pointwise_dgrad_kernel(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def pointwise_wgrad_kernel(
-    grad, y, y_bn, coef, x, bn, gate, partials, segment_rows, per_segment, chunk_size, image_rows, units_in, units_out,
-    ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, Y_ACT: tl.constexpr, ACT: tl.constexpr,
-    NORMALIZED: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    grad, y, y_bn, coef, offset, x, bn, gate, partials, segment_rows, per_segment, chunk_size, image_rows,
+    units_in, units_out, ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr, Y_ACT: tl.constexpr, OFFSET: tl.constexpr,
+    ACT: tl.constexpr, NORMALIZED: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """partials [chunks, E, C] = sum over a chunk's positions of dy z^T, z = act(bn(x)) [* gate]"""
@@ -180,7 +183,8 @@ def pointwise_wgrad_kernel(
     for row in range(begin, end, BLOCK_P):
         in_p = p < end - row
         dy = load_upstream(
-            grad, y, y_bn, coef, row, p, e, in_p[:, None] & (e < outputs)[None, :], outputs, Y_ACT
+            grad, y, y_bn, coef, offset, row, p, e, in_p[:, None] & (e < outputs)[None, :], outputs, image_rows,
+            Y_ACT, OFFSET,
         )  # fmt: skip
         z = load_operand(
             x, bn, gate, row, p, c, in_p[:, None] & (c < channels)[None, :], channels, image_rows,
@@ -199,6 +203,15 @@ def _widths(channels, outputs):
 
 def _options(row):
     return {"num_warps": row.warps, "num_stages": row.stages, **FIXED}
+
+
+def wgrad_row(row, gated, pooled):
+    """The table's row for a weight gradient with a gate, an offset, or both.
+
+    Their float32 values are copied ahead as the maps are: with both, three stages need more shared memory than the
+    99 KiB that a block has on 8.6 and 8.9.
+    """
+    return row._replace(stages=min(row.stages, 2)) if gated and pooled else row
 
 
 def _check_input(x, weight, bn, act, gate, outputs):
@@ -237,19 +250,26 @@ def pointwise(x, weight, bn, act, gate, moments):
     return y, combine_moments(partials) if moments else new_table(x, 0)
 
 
-def pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw):
+def pointwise_backward(
+    grad, y, y_bn, coef, y_act, offset, x, weight, bn, act, gate, residual, needs_dx, needs_sums, needs_dw
+):
     """Launches ``pointwise_dgrad_kernel`` and ``pointwise_wgrad_kernel``: (gx, sums, dw)."""
     check_map("y", y)
     weight, bn, gate = _check_input(x, weight, bn, act, gate, y.shape[1])
     n, outputs, h, w = y.shape
     check_map("y", y, x, (n, outputs, *x.shape[2:]))
     check_shape("x", x, (n, x.shape[1], h, w))
-    check_map("grad", grad, x, y.shape)
+    if (grad is None) == (offset is None):
+        given = "neither" if grad is None else "both"
+        raise RuntimeError(f"got {given} of grad and offset; expected one of them")
+    if grad is not None:
+        check_map("grad", grad, x, y.shape)
     check_act("y_act", y_act)
     if residual is not None:
         check_map("residual", residual, x, x.shape)
         check_one_of(residual, bn)
-    up = (grad, y, table("y_bn", y_bn, (5, outputs), x), table("coef", coef, (4, outputs), x))
+    offset = table("offset", offset, (n, outputs), x)
+    up = (grad, y, table("y_bn", y_bn, (5, outputs), x), table("coef", coef, (4, outputs), x), offset)
     wants_sums = needs_sums and bn is not None
     gx, sums = x.new_empty(0), new_table(x, 0)
     if needs_dx or wants_sums:
@@ -258,7 +278,7 @@ def pointwise_backward(grad, y, y_bn, coef, y_act, x, weight, bn, act, gate, res
     return gx, sums, dw
 
 
-def _dgrad(grad, y, y_bn, coef, y_act, x, weight, bn, act, gated, residual, store, wants_sums):
+def _dgrad(grad, y, y_bn, coef, offset, y_act, x, weight, bn, act, gated, residual, store, wants_sums):
     n, channels, h, w = x.shape
     outputs, by_image = y.shape[1], gated and wants_sums
     gx = new_map(x, *x.shape) if store else x.new_empty(0)
@@ -271,20 +291,21 @@ def _dgrad(grad, y, y_bn, coef, y_act, x, weight, bn, act, gated, residual, stor
     if x.numel():
         with device_of(x):
             pointwise_dgrad_kernel[(cut.count * blocks,)](
-                grad, y, y_bn, coef, x, weight, bn, residual, gx, partials, cut.segment, cut.per_segment, cut.rows,
-                *units, **aligns, Y_ACT=y_act, ACT=act, NORMALIZED=bn is not None, GATED=gated,
-                RESIDUAL=residual is not None, STORE=store, SUMS=wants_sums, PRECISION=dot_precision(x),
-                BLOCK_P=row.rows, BLOCK_C=row.columns, BLOCK_E=row.depth, **_options(row),
+                grad, y, y_bn, coef, offset, x, weight, bn, residual, gx, partials, cut.segment, cut.per_segment,
+                cut.rows, h * w, *units, **aligns, Y_ACT=y_act, OFFSET=offset is not None, ACT=act,
+                NORMALIZED=bn is not None, GATED=gated, RESIDUAL=residual is not None, STORE=store, SUMS=wants_sums,
+                PRECISION=dot_precision(x), BLOCK_P=row.rows, BLOCK_C=row.columns, BLOCK_E=row.depth, **_options(row),
             )  # fmt: skip
     if not wants_sums:
         return gx, new_table(x, 0)
     return gx, combine_sums(partials, 3, n, new_table(x, 3, n, channels)) if gated else combine_sums(partials, 2)
 
 
-def _wgrad(grad, y, y_bn, coef, y_act, x, bn, act, gate):
+def _wgrad(grad, y, y_bn, coef, offset, y_act, x, bn, act, gate):
     _, channels, h, w = x.shape
     outputs = y.shape[1]
     row = config("pointwise_wgrad", configs.width_class(channels, outputs), x)
+    row = wgrad_row(row, gate is not None, offset is not None)
     blocks = triton.cdiv(outputs, row.rows) * triton.cdiv(channels, row.columns)
     cut = chunks(1, positions(x), row.depth, blocks, capability(x))
     if cut.rows > MAX_RUN:
@@ -296,8 +317,9 @@ def _wgrad(grad, y, y_bn, coef, y_act, x, bn, act, gate):
     if x.numel():
         with device_of(x):
             pointwise_wgrad_kernel[(cut.count * blocks,)](
-                grad, y, y_bn, coef, x, bn, gate, partials, cut.segment, cut.per_segment, cut.rows, h * w,
-                *units, **aligns, Y_ACT=y_act, ACT=act, NORMALIZED=bn is not None, GATED=gate is not None,
-                PRECISION=dot_precision(x), BLOCK_E=row.rows, BLOCK_C=row.columns, BLOCK_P=row.depth, **_options(row),
+                grad, y, y_bn, coef, offset, x, bn, gate, partials, cut.segment, cut.per_segment, cut.rows, h * w,
+                *units, **aligns, Y_ACT=y_act, OFFSET=offset is not None, ACT=act, NORMALIZED=bn is not None,
+                GATED=gate is not None, PRECISION=dot_precision(x), BLOCK_E=row.rows, BLOCK_C=row.columns,
+                BLOCK_P=row.depth, **_options(row),
             )  # fmt: skip
     return combine_sums(partials, 1)
