@@ -47,6 +47,7 @@ key = ("pointwise", "narrow", 4)
 options = {"batch": 2, "seconds": 0.0, "bounds": {"min_rounds": 2, "max_rounds": 2, "warmup": 1}}
 search = bench(*key[:2], torch.float32)
 assert all(search.right(config) for config in tuning.neighbours(*key[:2], configs.lookup(*key, (0, 0))))
+seen.clear()
 outcome = tuning.tune(key, [LAYERS["pointwise"]], CPU, None, (0, 0), [torch.float32], **options)
 assert seen == {outcome.before, *tuning.neighbours(None, None, outcome.before)} and not configs.given()
 assert (outcome.tried, outcome.failed, outcome.wrong) == (2, 0, 0) and outcome.after in seen
