@@ -118,7 +118,7 @@ def calls(kernel, layer, new):
         rest = (None, None, x, weight, bn, act, layer.stride, None, True, True)
         return [("depthwise_backward", upstream + rest)]
     needs = (True, True, False) if kernel == "pointwise_dgrad" else (False, False, True)
-    return [("pointwise_backward", upstream + (x, weight, bn, act, None, None) + needs)]
+    return [("pointwise_backward", upstream + (None, x, weight, bn, act, None, None) + needs)]
 
 
 def _avoid_kinks(x, bn):
@@ -185,7 +185,7 @@ def torchs(stage, args):
     if stage == "depthwise":
         return _forward(*args[:5])
     if stage == "pointwise_backward":
-        return _backward(*args[:4], *args[5:9], 1, (args[-3], args[-1]))
+        return _backward(*args[:4], *args[6:10], 1, (args[-3], args[-1]))
     if stage == "depthwise_backward":
         return _backward(*args[:4], *args[7:12], (args[-2], args[-1]))
     if stage == "normalize":
