@@ -90,7 +90,7 @@ int main() try {
   test::PointwiseCase unaligned{1, 40, 16, 16, 2, false, false}, transposed{1, 40, 16, 40, 2, false, false};
   unaligned.skew = 1;
   transposed.weight_transposed = true;
-  for (const auto& [images, area, e] : {std::tuple{5, 33, 40}, {40, 1, 16}, {3, 70, 21}, {0, 4, 16}}) {
+  for (const auto& [images, area, e] : {std::tuple{5, 33, 40}, {40, 1, 16}, {3, 70, 21}, {2, 35, 200}, {0, 4, 16}}) {
     test::PointwiseCase pooled{images, area, 24, e, 2, false, false};
     pooled.pooled = true;
     cases.push_back({pooled});
