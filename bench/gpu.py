@@ -46,7 +46,9 @@ def build_parser():
     add("--resolution", type=int, metavar="PX", help="default: 224, on the CPU 32")
     add("--amp", choices=("off", "bf16", "fp16"), help="default: bf16, on the CPU off")
     add("--seconds", type=float, metavar="S", help="of timed rounds a row group (default: 1, on the CPU 0.05)")
-    spec = "a row before those of the CUDA kernels' tile table: KERNEL:name=value,... (again for more)"
+    spec = (
+        "a row before those of the CUDA or Triton kernels' table (python -m mnet_kernels.bench --help; again for more)"
+    )
     add("--tile", action="append", default=[], metavar="SPEC", help=spec)
     return parser
 

@@ -7,6 +7,7 @@ import torch
 from . import backends, schema
 from ._version import __version__
 from .backends import compiled
+from .backends.triton import configs, measured
 
 
 def build_info():
@@ -14,7 +15,8 @@ def build_info():
 
     Keys: ``version``, ``torch`` (running), ``triton`` (bool), ``extension`` (dict: whether the compiled extension is
     loaded, why not, what it was built with), ``backends`` (name -> dict of ``stages`` with own kernels and ``whole``,
-    the modes it has every stage of).
+    the modes it has every stage of), ``tuned`` (of every card that torch sees: dict of the ``file`` in which
+    ``python -m mnet_kernels.tune`` leaves what it measured there, and the number of its ``rows`` in use).
     """
     names = [name for name in backends.NAMES if name != "native"]
     return {
@@ -29,4 +31,14 @@ def build_info():
             }
             for name in names
         },
+        "tuned": _tuned(),
     }
+
+
+def _tuned():
+    found = {}
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_name(i)
+        rows = configs.of_card(card, torch.cuda.get_device_capability(i))
+        found[card] = {"file": str(measured.path(card)), "rows": len(rows)}
+    return found

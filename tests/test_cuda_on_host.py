@@ -311,7 +311,6 @@ BLOCKS = [
 def test_block(case, dtype, monkeypatch):
     """Output, every gradient and running statistics against native float64, by the pass rule (the cosine is in it)."""
     monkeypatch.setattr(test_precision, "fused_modes", lambda *args, **kwargs: [("cuda", "chain")])
-    monkeypatch.setattr(test_precision, "DRAWS", 8)
     storage = dtype or torch.float32
     test_precision.judge(lambda: test_precision.rounded(case, storage), storage, dtype)
 
@@ -327,7 +326,6 @@ def frozen(*both):
 def test_block_in_eval_mode(case, dtype, monkeypatch):
     """The same with running statistics: output and every gradient."""
     monkeypatch.setattr(test_precision, "fused_modes", lambda *args, **kwargs: [("cuda", "chain")])
-    monkeypatch.setattr(test_precision, "DRAWS", 5)
     storage = dtype or torch.float32
     test_precision.judge(lambda: test_precision.rounded(case, storage), storage, dtype, frozen)
 

@@ -15,7 +15,8 @@ from torch.library import opcheck
 
 import mnet_kernels as mk
 from mnet_kernels import backends, schema
-from mnet_kernels.bench import timing
+from mnet_kernels.backends.triton import configs
+from mnet_kernels.bench import shapes, timing, tuning
 
 CARD = torch.cuda.is_available() and torch.cuda.get_device_capability() >= backends.MIN_CAPABILITY
 NO_CARD = pytest.mark.skipif(not CARD, reason="no CUDA card of compute capability 8.0 or newer")
@@ -307,3 +308,18 @@ def test_stage_on_another_device(backend, stage):
         for a, b in zip(got, want, strict=True):
             assert a.device == torch.device("cuda:1")
             assert torch.equal(a.cpu(), b.cpu())
+
+
+@pytest.mark.gpu
+@NO_CARD
+@pytest.mark.skipif(not backends.implemented("triton"), reason="no triton")
+@pytest.mark.parametrize("key", [("pointwise", "wide", 4), ("elementwise", "any", 2)], ids=str)
+def test_search_for_configurations(key):
+    """Candidates launch from graphs that share their memory, and what is chosen computes rightly."""
+    layer, dtype = shapes.Layer("pointwise", 24, 28, 28, 72, 1, 1, "relu6"), DTYPES[key[2] == 2]
+    card, options = ("cuda:0", torch.cuda.get_device_capability(0)), {"batch": 8, "seconds": 0.1}
+    found = tuning.tune(key, [layer], torch.device(card[0]), None, card[1], [dtype], **options)
+    assert found.before_us >= found.after_us > 0 and found.failed < found.tried
+    with torch.no_grad():
+        bench = tuning.Bench(key, [layer], torch.device(card[0]), [dtype], **options)
+        assert bench.right(found.before) and bench.right(found.after) and not configs.given()

@@ -14,6 +14,9 @@ report          saved results as a Markdown table and a chart
 card            what the device itself can do: copy bandwidth, matrix products
 memory          bytes saved for backward, peak memory
 environment     machine, card, versions, commit: the header of every result
+tiles           the CUDA kernels' tile table: shown, and (with the Triton kernels') overridden
+tuning          the search for Triton configurations (python -m mnet_kernels.tune)
+tune_problems   what it runs, and whether the results are right
 ==============  ===================================================================================================
 
 Nothing here is imported by ``import mnet_kernels``.

@@ -83,7 +83,10 @@ def build_parser():
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
     add("--clock", choices=timing.CLOCKS, default="wall", help="thread: one thread's CPU time, on a busy machine")
     add("--json", metavar="FILE", help="write header and rows there")
-    spec = "a row before those of the CUDA kernels' tile table: KERNEL:name=value,... (again for more)"
+    spec = (
+        "a row before those of the CUDA kernels' tile table, KERNEL:name=value,..., or of the Triton kernels', "
+        "triton/KERNEL:CLASS:BYTES:name=value,... (again for more; python -m mnet_kernels.tune --list shows these)"
+    )
     add("--tile", action="append", default=[], metavar="SPEC", help=spec)
     add("--list-tiles", action="store_true", help="show the CUDA kernels' tile table and stop")
     add("--write-modes", action="store_true", help="blocks: write the table that automatic mode goes by")

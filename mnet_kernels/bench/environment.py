@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
+from ..backends.triton import configs
 from ..training import metrics
 from . import tiles
 
@@ -18,7 +19,19 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a figure depends on besides the machine.  Tests and documentation may change without measuring again.
 SOURCES = ("mnet_kernels/**/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cuh", "csrc/**/*.cu", "setup.py")
 # Rows under headers that differ in none of these may stand in one table.
-IDENTITY = ("sources", "device", "driver", "torch", "cuda", "cudnn", "triton", "threads", "environ", "tiles")
+IDENTITY = (
+    "sources",
+    "device",
+    "driver",
+    "torch",
+    "cuda",
+    "cudnn",
+    "triton",
+    "threads",
+    "environ",
+    "tiles",
+    "triton_rows",
+)
 
 
 def _run(*command):
@@ -53,6 +66,15 @@ def _triton():
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def triton_rows(device):
+    """The Triton backend's configurations that are not its table's, as plain values; None where all are."""
+    card = (
+        (torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)) if device.type == "cuda" else ()
+    )
+    rows = {key: config for key, (config, _) in configs.of_card(*card).items()} if card else {}
+    return [[*key, *config] for key, config in sorted((rows | configs.given()).items())] or None
 
 
 def _card(device):
@@ -90,6 +112,7 @@ def header(device):
         "triton": _triton(),
         **metrics.environment(),
         "tiles": tiles.given(),
+        "triton_rows": triton_rows(device),
         "tf32": {"cudnn": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32},
     }
     if device.type == "cuda":

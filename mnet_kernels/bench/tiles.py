@@ -3,10 +3,17 @@
 A row says, for a kernel, storage width (``bits``, 0: any), ``architecture`` (80: compute capability 8.0 and later
 ones) and width of the result (up to ``channels``, 0: any), which compiled ``tile`` to take and how to cut the work:
 ``blocks`` aimed at, ``enough`` for a card, at most ``runs`` partial results, at ``least`` so many steps a block.
+
+The Triton kernels' table is shown by ``python -m mnet_kernels.tune --list``; its rows are overridden from here too.
 """
 
+import torch
+
 from ..backends import compiled
+from ..backends.triton import configs
 from . import BenchError
+
+TRITON = "triton/"  # before the kernel in the spec of a Triton row
 
 KEYS = ("bits", "architecture", "channels")
 VALUES = ("tile", "blocks", "enough", "runs", "least")
@@ -26,11 +33,16 @@ def given():
 def override(specs):
     """Put rows before the table's, in place of earlier overrides; none: the table alone.
 
-    A spec is ``KERNEL:name=value,...``; what it leaves out is that of the row it stands before.
+    A spec is ``KERNEL:name=value,...``; what it leaves out is that of the row it stands before.  One for Triton begins
+    with ``triton/KERNEL:CLASS:BYTES:``, its row's key.
 
     Raises:
         BenchError: an unknown kernel or name, a value that is no number or is not possible.
     """
+    configs.override(dict(_triton_row(spec) for spec in specs if spec.startswith(TRITON)))
+    specs = [spec for spec in specs if not spec.startswith(TRITON)]
+    if not specs and compiled.extension() is None:
+        return
     extension = _extension()
     table = [row for row in extension.tiles() if not row["override"]]
     try:
@@ -65,14 +77,37 @@ def _row(spec, table):
     kernels = list(dict.fromkeys(row["kernel"] for row in table))
     if kernel not in kernels:
         raise BenchError(f"--tile {spec}: {kernel!r} is not one of {', '.join(kernels)}")
-    values = {}
-    for part in filter(None, rest.split(",")):
-        name, _, value = part.partition("=")
-        if name not in KEYS + VALUES or not value.isdecimal():
-            raise BenchError(f"--tile {spec}: {part!r} is not NAME=NUMBER with a name of {', '.join(KEYS + VALUES)}")
-        values[name] = int(value)
+    values = _values(spec, rest, KEYS + VALUES)
     keys = {"bits": 0, "architecture": 80, "channels": 0} | {n: v for n, v in values.items() if n in KEYS}
     return next(row for row in table if row["kernel"] == kernel and _fits(row, keys)) | keys | values
+
+
+def _values(spec, rest, names):
+    found = {}
+    for part in filter(None, rest.split(",")):
+        name, _, value = part.partition("=")
+        if name not in names or not value.isdecimal():
+            raise BenchError(f"--tile {spec}: {part!r} is not NAME=NUMBER with a name of {', '.join(names)}")
+        found[name] = int(value)
+    return found
+
+
+def _triton_row(spec):
+    """(key, configuration); what is left out is the table's for this card, without one for the newest."""
+    kernel, shape, size, rest = (spec.removeprefix(TRITON).split(":", 3) + [""] * 3)[:4]
+    capability = max(key[3] for key in configs.TABLE)
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+    keys = {(name, shape_class, str(n)): (name, shape_class, n) for name, shape_class, n, _ in configs.TABLE}
+    key = keys.get((kernel, shape, size))
+    if key is None:
+        known = ", ".join(map(":".join, keys))
+        raise BenchError(f"--tile {spec}: {kernel}:{shape}:{size} is not one of {known}")
+    config = configs.lookup(*key, capability)._replace(**_values(spec, rest, configs.Config._fields))
+    why = configs.impossible(kernel, shape, config)
+    if why:
+        raise BenchError(f"--tile {spec}: {why}")
+    return key, config
 
 
 def _fits(row, keys):

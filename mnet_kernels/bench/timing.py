@@ -134,8 +134,10 @@ def interleave(calls, device, *, seconds=2.0, min_rounds=5, max_rounds=100, warm
     return samples
 
 
-def capture(call, device):
+def capture(call, device, pool=None):
     """Capture a callable into a CUDA graph; returns one that replays it.
+
+    Graphs with one ``pool`` (``torch.cuda.graph_pool_handle()``) share their memory, results included.
 
     The callable must read and write the same tensors in every call, and must have run before; what it keeps of an
     autograd graph must come from :func:`stream`, because backward runs on the stream of its forward.
@@ -145,6 +147,6 @@ def capture(call, device):
             call()
         synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(device)):
             call()
     return graph.replay

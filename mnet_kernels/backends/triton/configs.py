@@ -1,9 +1,11 @@
-"""Tile sizes and launch options of every kernel: one table, no autotuning at run time.
+"""Tile sizes and launch options of every kernel: one rule (:func:`lookup`), no autotuning at run time.
 
-A row is keyed by kernel, shape class, bytes of the storage dtype and compute capability; the highest capability not
-above the card's serves it.  Every row is an ESTIMATE from register and shared memory counts of the compiled kernel:
-none has been measured on a card.  Capability (0, 0) is the interpreter's: tiles so small that tiny inputs meet every
-border, and few programs, so that each walks over several tiles.
+First come rows given for a measurement (:func:`override`), then those that ``python -m mnet_kernels.tune`` measured on
+this card (measured.py), then the table.  A row is keyed by kernel, shape class, bytes of the storage dtype and compute
+capability; of the table the highest capability not above the card's serves it.  Every row of the table is an ESTIMATE
+from register and shared memory counts of the compiled kernel: none has been measured on a card.  Capability (0, 0) is
+the interpreter's: tiles so small that tiny inputs meet every border, and few programs, so that each walks over several
+tiles.
 
 ==================  ====================================  ==============================================
 kernel              shape class                           block: (rows, columns, depth)
@@ -18,7 +20,11 @@ elementwise         any                                   positions, channels, -
 """
 
 import functools
+import logging
 from typing import NamedTuple
+
+from ...log import say_once
+from . import measured
 
 NARROW = 32
 
@@ -94,11 +100,119 @@ def width_class(*channels):
     return "narrow" if min(channels) <= NARROW else "wide"
 
 
+def impossible(kernel, shape, config):
+    """Why a configuration cannot be a kernel's; None if it can."""
+    like = next((row for key, row in TABLE.items() if key[:2] == (kernel, shape)), None)
+    if like is None:
+        return f"no kernel {kernel!r} with shape class {shape!r}"
+    if any(type(value) is not int for value in config):
+        return "a value is no integer"
+    # tl.dot takes no side below 16; only the pointwise kernels have a depth.
+    least = 16 if like.depth else 1
+    blocks = config[:3] if like.depth else config[:2]
+    if any(not least <= block <= 1024 or block & (block - 1) for block in blocks):
+        return f"its blocks are not powers of two from {least} to 1024"
+    if not like.depth and config.depth:
+        return "its depth is not 0"
+    if config.rows * config.columns > 32768:
+        return "its block has more than 32768 values"
+    if config.warps not in (1, 2, 4, 8, 16) or not 1 <= config.stages <= 8:
+        return "its warps are not 1, 2, 4, 8 or 16, or its stages not 1 to 8"
+    return None
+
+
+def key(row):
+    """(kernel, shape class, bytes) of a row of measured.py."""
+    return row["kernel"], row["shape"], row["bytes"]
+
+
+def read(file, card, capability):
+    """{(kernel, shape class, bytes): (configuration, row)} of a file of measured.py; {} where there is none.
+
+    Raises:
+        ValueError: the file cannot be used, and why.
+    """
+    found = {}
+    for row in measured.read(file, card, capability):
+        try:
+            config = Config(**row["config"])
+            why = impossible(row["kernel"], row["shape"], config)
+            if row["bytes"] not in (2, 4):
+                why = "its bytes are not 2 or 4"
+            found[key(row)] = config, row
+        except (KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+        if why:
+            raise ValueError(f"row {row!r}: {why}")
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def of_card(card, capability):
+    """What was measured on a card, as :func:`read` gives it; a file that cannot be used is said once and left out."""
+    if card is None or not measured.wanted() or measured.triton_version() is None:
+        return {}
+    file = measured.path(card)
+    try:
+        found = read(file, card, capability)
+    except ValueError as error:
+        say_once(
+            f"{file} is not used: {error}. The table's estimates serve; python -m mnet_kernels.tune measures anew",
+            logging.WARNING,
+        )
+        return {}
+    if found:
+        say_once(f"triton: {len(found)} configurations measured on this card, from {file}")
+    return found
+
+
+_given = {}
+
+
+def override(rows):
+    """Put rows, {(kernel, shape class, bytes): configuration}, before all others, in place of earlier ones."""
+    _given.clear()
+    _given.update(rows)
+
+
+def given():
+    """The rows of :func:`override`."""
+    return dict(_given)
+
+
 @functools.lru_cache(maxsize=1024)
-def lookup(kernel, shape, size, capability):
-    """The row for a card of this capability."""
-    known = [key[3] for key in TABLE if key[:3] == (kernel, shape, size) and key[3] <= capability]
-    return TABLE[kernel, shape, size, max(known)]
+def _chosen(kernel, shape, size, capability, card):
+    """(configuration, its row of measured.py or None): measured first, then the table."""
+    found = of_card(card, capability).get((kernel, shape, size))
+    if found:
+        return found
+    known = [row[3] for row in TABLE if row[:3] == (kernel, shape, size) and row[3] <= capability]
+    return TABLE[kernel, shape, size, max(known)], None
+
+
+def lookup(kernel, shape, size, capability, card=None):
+    """The configuration for a card of this capability and name; without a name the table's.
+
+    The same throughout the process, but for :func:`override`: the card's file is read at the first call.
+    """
+    if _given:
+        found = _given.get((kernel, shape, size))
+        if found:
+            return found
+    return _chosen(kernel, shape, size, capability, card)[0]
+
+
+def origin(kernel, shape, size, capability, card=None):
+    """Where :func:`lookup` has it from: "given", the row of measured.py, or "estimate"."""
+    if (kernel, shape, size) in _given:
+        return "given"
+    return _chosen(kernel, shape, size, capability, card)[1] or "estimate"
+
+
+def forget():
+    """Read the files anew at the next call."""
+    of_card.cache_clear()
+    _chosen.cache_clear()
 
 
 def strip(capability):

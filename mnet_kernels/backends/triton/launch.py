@@ -35,18 +35,21 @@ def chunks(segments, segment_rows, block_rows, blocks, capability):
 
 
 @functools.lru_cache(maxsize=64)
-def _capability(device):
-    return (0, 0) if INTERPRETED else torch.cuda.get_device_capability(device)
+def card(device):
+    """(compute capability, name) of a device; ((0, 0), None) under the interpreter."""
+    if INTERPRETED:
+        return (0, 0), None
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
 
 
 def capability(t):
     """Compute capability of a tensor's device; (0, 0) under the interpreter."""
-    return _capability(t.device)
+    return card(t.device)[0]
 
 
 def config(kernel, shape, t):
-    """The row of the table for a kernel on a tensor."""
-    return _configs.lookup(kernel, shape, t.element_size(), capability(t))
+    """The configuration of a kernel on a tensor."""
+    return _configs.lookup(kernel, shape, t.element_size(), *card(t.device))
 
 
 def device_of(t):
