@@ -16,7 +16,7 @@ def randomise(model):
             if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
                 m.weight.normal_(std=m.weight[0].numel() ** -0.5)
                 if m.bias is not None:
-                    m.bias.normal_(std=0.3)
+                    m.bias.uniform_(0, 0.6)  # of squeeze-excite's few hidden units some must be alive behind the ReLU
             elif isinstance(m, torch.nn.BatchNorm2d):
                 m.weight.uniform_(0.5, 1.5)
                 m.bias.normal_(0.5, 0.5)
@@ -64,17 +64,8 @@ def assert_equal(got, want, tolerance=1e-10):
 
 def compare(theirs, ours, backend, mode, size, batch=4, training=True, classes=5):
     """One step of both in one mode; returns the counted stages of ours."""
-    buffers = {name: value.clone() for name, value in theirs.named_buffers()}
-    for _ in range(
-        5
-    ):  # images for which every weight counts: a layer of few positions may be behind its ReLU as a whole
-        x, target = torch.randn(batch, 3, *size, dtype=torch.float64), torch.randint(classes, (batch,))
-        want = step(theirs.train(training), x, target)
-        if all(
-            v.abs().max() >= 1e-8 for name, v in want.items() if name.startswith("d_") and not name.endswith(".bias")
-        ):
-            break
-        theirs.load_state_dict(buffers, strict=False)
+    x, target = torch.randn(batch, 3, *size, dtype=torch.float64), torch.randint(classes, (batch,))
+    want = step(theirs.train(training), x, target)
     with mk.count_stages() as counts, mk.backend(backend, mode):
         got = step(ours.train(training), x, target)
     assert_equal(got, want)

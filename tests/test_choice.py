@@ -304,7 +304,7 @@ def test_whether_a_gradient_may_be_asked_for():
 
 def test_build_info():
     info = mk.build_info()
-    assert set(info) == {"version", "torch", "triton", "extension", "backends"}
+    assert set(info) == {"version", "torch", "triton", "extension", "backends", "tuned"}
     assert info["version"] == mk.__version__ and info["torch"] == torch.__version__
     assert set(info["backends"]) == {"reference", "cpu", "triton", "cuda"}
     assert info["backends"]["reference"]["whole"] == ["chain", "algebraic"]
