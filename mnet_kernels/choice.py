@@ -40,12 +40,10 @@ BY_NAME = {"cuda": ("cuda", "triton")}
 # What `python -m mnet_kernels.bench block --write-modes` measured.
 MEASURED = Path(__file__).with_name("modes.json")
 NEVER = 2**62  # positions no map has
-# The stem runs fused of its own accord in training, on outputs of at least so many positions (N*H*W).  A whole
-# training step is there so many times as fast as with the stem left to torch's own ops (medians of steps in turns,
-# one thread, AMD EPYC with AVX-512, images in NCHW as data loaders give them): batch 16, 224x224, float32 V1 1.13,
-# V2 1.23, V3-Large 1.07, V3-Small 1.15, bfloat16 V1 1.23, V2 1.28, V3-Large 1.08; batch 2, float32 V2 1.07,
-# V3-Small 1.08, bfloat16 V2 1.15; batch 32, 64x64 V2 1.10; images in channels_last V2 1.05, V3-Large 1.00 (chance).
-# In evaluation torch was the faster one.
+# The stem runs fused of its own accord in training, on outputs of at least so many positions (N*H*W): there the
+# median of whole training steps was nowhere longer than with the stem left to torch's own ops (V1, V2, V3 in float32
+# and bfloat16, steps in turns, one thread of an AVX-512 processor): clearly shorter for images in NCHW, as data
+# loaders give them, within chance for channels_last.  Below, nothing was measured; in evaluation torch was faster.
 STEM_POSITIONS = 2**14
 
 

@@ -18,8 +18,8 @@ namespace mnet::cuda {
 //             groups of threads share the positions.  A position costs a thread 16 multiply-adds for two 16-byte reads, which
 //             are broadcasts.  float32 throughout: a tensor core's bfloat16 would round x - mean (docs/mathematics.md).
 //   merge     into the thread's 16 sums, by Chan's formula with the tile's and the block's mean (the latter in double).
-// Blocks are merged in double and in a fixed order.  Up to 32 channels the products take about as long as the reading does;
-// at 64, the maps of 14 x 14, three times as long.
+// Blocks are merged in double and in a fixed order.  By counted multiply-adds and bytes, the products take about
+// as long as the reading up to 32 channels and three times as long at 64, the maps of 14 x 14; not measured on a card.
 struct GramTraits {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 2;

@@ -86,7 +86,7 @@ def chunk_rows(chunk, segment_rows, per_segment, rows):
 def load_image_values(table, row, p, c, valid, channels, image_rows):
     """A tile of what a table [images, channels] holds for the image of each position.
 
-    The division is of 32-bit offsets from the tile's first image: one of 64-bit positions costs registers and time.
+    The division is of 32-bit offsets from the tile's first image: one of 64-bit positions costs registers.
     """
     first = row // image_rows
     image = (p + (row - first * image_rows)).to(tl.int32) // image_rows
