@@ -93,17 +93,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   Accumulators<Traits::kTilesM, Traits::kTilesN> total, acc;
   total.clear();
   acc.clear();
-  const auto flush = [&] {
-    MNET_UNROLL
-    for (int m = 0; m < Traits::kTilesM; ++m) {
-      MNET_UNROLL
-      for (int n = 0; n < Traits::kTilesN; ++n) {
-        MNET_UNROLL
-        for (int i = 0; i < 4; ++i) total.c[m][n][i] += acc.c[m][n][i];
-      }
-    }
-    acc.clear();
-  };
   int slot = 0, summed = 0;
   for (int row = 0; row < length; row += Traits::kDepth) {
     Pack<T>* const left = ring + slot * Traits::kSlotPacks;
@@ -113,14 +102,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     MNET_PLANT(6, __syncthreads(), (void)0);  // the slot is there for all
     multiply<Traits::kMath, Tile, Tile>(left, left + 2 * Tile::kPacks, warp_row, warp_column, 4, acc);
     if (++summed == Traits::kRun) {
-      flush();
+      total.take(acc);
       summed = 0;
     }
     MNET_PLANT(7, __syncthreads(), (void)0);  // all have multiplied: the slot may be written over
     issue(slot);
     slot = slot + 1 == Traits::kStages ? 0 : slot + 1;
   }
-  flush();
+  total.take(acc);
 
   write_gradient(total, first_e + warp_row, first_c + warp_column, upstream.e, activated.c,
                  partials + run * upstream.e * activated.c);

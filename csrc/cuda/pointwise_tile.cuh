@@ -118,6 +118,18 @@ struct Accumulators {
       }
     }
   }
+  // Adds another's sums to these and clears it: a tensor core truncates as it accumulates, so that its runs are kept short.
+  MNET_DEVICE void take(Accumulators& run) {
+    MNET_UNROLL
+    for (int m = 0; m < kTilesM; ++m) {
+      MNET_UNROLL
+      for (int n = 0; n < kTilesN; ++n) {
+        MNET_UNROLL
+        for (int i = 0; i < 4; ++i) c[m][n][i] += run.c[m][n][i];
+      }
+    }
+    run.clear();
+  }
 };
 
 // acc += left right, of the warp whose part begins at `row` and `column`; of the 128 bytes of depth the first `steps` 32,

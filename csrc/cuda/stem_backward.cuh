@@ -191,17 +191,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   Accumulators<Traits::kTilesM, Traits::kTilesN> total, acc;
   total.clear();
   acc.clear();
-  const auto flush = [&] {
-    MNET_UNROLL
-    for (int m = 0; m < Traits::kTilesM; ++m) {
-      MNET_UNROLL
-      for (int n = 0; n < Traits::kTilesN; ++n) {
-        MNET_UNROLL
-        for (int i = 0; i < 4; ++i) total.c[m][n][i] += acc.c[m][n][i];
-      }
-    }
-    acc.clear();
-  };
   int summed = 0;
   for_tiles(tiling, chunk, [&](int64_t image, int row, int column) {
     MNET_PLANT(53, __syncthreads(), (void)0);  // the previous tile is used up
@@ -216,12 +205,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
       if (row + own < p.image.out_h) multiply_row<Traits>(dy, own, pixels + own * pitch, stride, count, taps, acc);
     }
     if (++summed == Traits::kRun) {
-      flush();
+      total.take(acc);
       summed = MNET_PLANT(55, 0, (acc = total, 0));
     }
   });
   if (p.dw == nullptr) return;
-  flush();
+  total.take(acc);
 
   for (int turn = 0; turn < StemTile::kWarps; ++turn) {
     if (turn == warp) {
