@@ -24,13 +24,13 @@ def clear_of_kinks(u, margin=1e-4):
     raise AssertionError("redraw: a channel's values lie everywhere around the kinks")
 
 
-def clear_table(bn, x):
+def clear_table(bn, x, margin=1e-4):
     """A table bn [5, C] whose shift is moved so that act(scale x + shift) has no value near a kink."""
     if not x.numel():
         return bn
     scale, shift = bn[:2].double().view(2, -1, 1, 1)
     bn = bn.clone()
-    bn[1] += clear_of_kinks(x.double() * scale + shift)
+    bn[1] += clear_of_kinks(x.double() * scale + shift, margin)
     return bn
 
 

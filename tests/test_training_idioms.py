@@ -29,9 +29,13 @@ def batch(n=6, size=48, dtype=torch.float32):
 
 @backends
 def test_a_step_with_infinite_gradients_is_skipped(backend):
-    """As with torch's own ops: the weights stay, the running statistics have moved, the scale halves."""
+    """As with torch's own ops: the weights stay, the running statistics have moved, the scale halves.
+
+    In six blocks: in the whole network a few values a channel, behind 50 layers of float16, say nothing of statistics.
+    """
     x, labels = batch()
-    start = model()
+    whole = model()
+    start = nn.Sequential(whole.features[:6], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     results = []
     for name in ("native", backend):
         net = copy.deepcopy(start)
@@ -47,7 +51,7 @@ def test_a_step_with_infinite_gradients_is_skipped(backend):
         for p, before in zip(net.parameters(), start.parameters(), strict=True):
             assert torch.equal(p, before)
         results.append(dict(net.named_buffers()))
-    assert results[1]["features.1.conv.0.1.num_batches_tracked"] == 1
+    assert results[1]["0.1.conv.0.1.num_batches_tracked"] == 1
     for key, want in results[0].items():
         scale = want.abs().max().item()
         torch.testing.assert_close(results[1][key], want, rtol=0, atol=2e-2 * scale + 1e-3, msg=key)
