@@ -12,6 +12,7 @@ namespace mnet {
 
 struct NormalizeCall {
   at::Tensor result;  // normalize: like y; normalize_backward: sums [2, C]; squeeze: table [3, N, C]
+  at::Tensor gram;    // [C + 2, C], of normalize_gram alone
   NormalizeParams params;
   Dtype dtype;
 };
@@ -32,14 +33,22 @@ inline NormalizeCall prepare_normalized_map(const char* op, const at::Tensor& y,
 }
 
 inline NormalizeCall prepare_normalize(const at::Tensor& y, const at::Tensor& bn, int64_t act,
-                                       const std::optional<at::Tensor>& residual) {
-  NormalizeCall call = prepare_normalized_map("normalize", y, bn, act);
+                                       const std::optional<at::Tensor>& residual, const char* op = "normalize") {
+  NormalizeCall call = prepare_normalized_map(op, y, bn, act);
   if (residual.has_value()) {
-    check_map_like("normalize", "residual", *residual, y.sizes(), "y", y);
+    check_map_like(op, "residual", *residual, y.sizes(), "y", y);
     call.params.operand = residual->const_data_ptr();
   }
   call.result = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
   call.params.output = call.result.mutable_data_ptr();
+  return call;
+}
+
+inline NormalizeCall prepare_normalize_gram(const at::Tensor& y, const at::Tensor& bn, int64_t act,
+                                            const std::optional<at::Tensor>& residual) {
+  NormalizeCall call = prepare_normalize(y, bn, act, residual, "normalize_gram");
+  call.gram = at::empty({y.size(1) + 2, y.size(1)}, y.options().dtype(at::kFloat));
+  call.params.table = call.gram.mutable_data_ptr<float>();
   return call;
 }
 

@@ -56,6 +56,7 @@ class Choice(NamedTuple):
     message: str
     level: int
     stem: bool = False  # whether the backend has the stages of the stem
+    gram: bool = False  # whether it can gather the gram of what it writes
 
 
 def _check(name, value, allowed):
@@ -219,7 +220,9 @@ decide._dynamo_marked_constant = True
 @functools.lru_cache(maxsize=1024)
 def _decide(name, who, device, dtype, mode, wide, trains):
     found = _find(name, who, device, dtype, mode, wide, trains)
-    return found._replace(stem=found.backend != "native" and backends.has_stem(found.backend))
+    if found.backend == "native":
+        return found
+    return found._replace(stem=backends.has_stem(found.backend), gram=backends.hands_on_gram(found.backend))
 
 
 def _find(name, who, device, dtype, mode, wide, trains):

@@ -20,15 +20,17 @@ from . import checks, schema
 from .autograd import Block, FusedBlock, Layer, autocast_off, autocast_on
 from .backends import native
 from .choice import choose, fuses_stem
-from .params import BatchNormParams, ConvBNAct, SqueezeExciteParams
+from .params import BatchNormParams, ConvBNAct, InvertedResidualParams, SqueezeExciteParams
 from .stages import note, stage
 
 __all__ = [
     "BatchNormParams",
     "ConvBNAct",
+    "InvertedResidualParams",
     "SqueezeExciteParams",
     "depthwise_conv_bn_act",
     "inverted_residual",
+    "inverted_residual_sequence",
     "pointwise_conv_bn_act",
     "pointwise_conv_bn_act_pool",
     "separable_conv",
@@ -205,6 +207,37 @@ def inverted_residual(
     return _run("inverted_residual", x, layers, residual, squeeze_excite, backend, mode)
 
 
+def inverted_residual_sequence(x, blocks, *, backend=None, mode=None):
+    """Several of MobileNetV2/V3's blocks in a row, each of which computes what :func:`inverted_residual` does.
+
+    A block in algebraic mode needs mean and covariance of its input's channels.  Here the block before it gathers them
+    as it writes that map, where its backend can (stage ``normalize_gram``), so that the map is not read for them.
+
+    Args:
+        x: [N, C, H, W].
+        blocks: non-empty sequence of :class:`InvertedResidualParams`.
+        backend, mode: see ``mnet_kernels.backend``.
+
+    Returns:
+        The last block's output.
+    """
+    for i, block in enumerate(blocks):
+        if not isinstance(block, InvertedResidualParams):
+            found = type(block).__name__
+            raise TypeError(f"inverted_residual_sequence: blocks[{i}] must be an InvertedResidualParams, got {found}")
+        kinds = [layer.kind for layer in block.layers]
+        if kinds not in (["pointwise", "depthwise", "pointwise"], ["depthwise", "pointwise"]):
+            raise ValueError(
+                f"inverted_residual_sequence: blocks[{i}].layers must be [pointwise,] depthwise, pointwise; got {kinds}"
+            )
+    if not blocks:
+        raise ValueError("inverted_residual_sequence: blocks is empty, expected at least one InvertedResidualParams")
+    gram = None
+    for block, follower in zip(blocks, (*blocks[1:], None), strict=True):
+        x, gram = _run_block("inverted_residual", x, *block, backend, mode, gram=gram, follower=follower)
+    return x
+
+
 def squeeze_excite(x, reduce_weight, reduce_bias, expand_weight, expand_bias, *, activation="relu", gate="hardsigmoid"):
     """x * gate(expand(act(reduce(mean of x over H and W)))) (Hu et al. 2018; Howard et al. 2019, section 5.3).
 
@@ -235,9 +268,17 @@ def _compute_dtype(x):
     return x.dtype
 
 
-def _run(op, x, layers, residual, se, backend, mode, nodes=None, pooled=False):
+def _run(*args, **options):
+    return _run_block(*args, **options)[0]
+
+
+def _run_block(op, x, layers, residual, se, backend, mode, nodes=None, pooled=False, gram=None, follower=None):
     """``nodes``: of how many layers each autograd node of the fused path consists (None: one of all).  ``pooled``: the
-    mean over H and W of what comes out, [N, C]."""
+    mean over H and W of what comes out, [N, C].  ``gram``: of x, or None.  ``follower``: the InvertedResidualParams of
+    the block that reads what comes out, or None.
+
+    Returns (output, its gram if ``follower`` takes it and it could be gathered, else None).
+    """
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
@@ -249,12 +290,15 @@ def _run(op, x, layers, residual, se, backend, mode, nodes=None, pooled=False):
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")
         out = native.block(x, layers, residual, se)
-        return native.pool(out) if pooled else out
+        return native.pool(out) if pooled else out, None
     if layers[0].kind == "dense" and not _fuses_stem(x, layers[0], choice, backend):
         note("native::stem_conv_bn_act")
         x, layers, nodes = native.block(x, layers[:1], False, None), layers[1:], nodes and nodes[1:]
         if not layers:
-            return x
+            return x, None
+    if not (choice.mode == "algebraic" and layers[0].bn.batch_stats and x.dtype == dtype):
+        gram = None
+    gives_gram = choice.gram and follower is not None and _takes_gram(follower, x, dtype, layers, se, backend, mode)
     with autocast_off(x.device.type):
         x = x.to(dtype)
         if layers[0].kind != "dense":  # the stem reads an image as it lies
@@ -262,8 +306,21 @@ def _run(op, x, layers, residual, se, backend, mode, nodes=None, pooled=False):
         source = None  # x's bn table and activation while x is raw
         for count in nodes or (len(layers),):
             node, layers = layers[:count], layers[count:]
-            x, source = _run_node(x, node, residual, se, choice, source, len(layers) > 0, pooled)
-        return x
+            raw = len(layers) > 0
+            x, more = _run_node(x, node, residual, se, choice, source, raw, pooled, gram, gives_gram)
+            source = (more, schema.ACTIVATIONS.index(node[-1].activation)) if raw else None
+        return x, more
+
+
+def _takes_gram(follower, x, dtype, layers, se, backend, mode):
+    """Whether the block after ``layers``, of which x is the input, takes the gram of its own input."""
+    first, (height, width) = follower.layers[0], x.shape[2:]
+    if first.kind != "pointwise" or first.bn.group is not None or not first.bn.batch_stats:
+        return False
+    stride = layers[-2].stride
+    positions = schema.depthwise_size(height, stride) * schema.depthwise_size(width, stride)
+    trains = _trains(x, layers, se) or _trains(x, follower.layers, follower.squeeze_excite)
+    return choose(x.device, dtype, backend, mode, positions, layers[-1].weight.shape[0], trains).mode == "algebraic"
 
 
 def _fuses_stem(x, layer, choice, backend):
@@ -285,15 +342,15 @@ def _trains(x, layers, se):
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _run_node(x, layers, residual, se, choice, source, raw, pooled):
-    """One autograd node; returns its output and, if that is raw, (bn table, activation)."""
+def _run_node(x, layers, residual, se, choice, source, raw, pooled, gram, gives_gram):
+    """One autograd node; returns its output and, if that is raw, its bn table, or its gram if ``gives_gram``."""
     rows = tuple(
         Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats, c.bn.group)
         for c in layers
     )
-    block = Block(
-        choice.backend, choice.mode, rows, residual, se and (se.activation, se.gate), source and source[1], raw, pooled
-    )
+    excite, source_act = se and (se.activation, se.gate), source and source[1]
+    takes_gram = gram is not None
+    block = Block(choice.backend, choice.mode, rows, residual, excite, source_act, raw, pooled, takes_gram, gives_gram)
     tensors = []
     for layer in layers:
         bn = layer.bn
@@ -304,13 +361,15 @@ def _run_node(x, layers, residual, se, choice, source, raw, pooled):
         tensors += se.tensors
     if source is not None:
         tensors.append(source[0])
+    if gram is not None:
+        tensors.append(gram)
     update = partial(_update_running_stats, stage(choice.backend), [c.bn for c in layers if c.bn.batch_stats])
     if torch.compiler.is_compiling():  # a traced autograd.Function may not change buffers
         out, *stats = FusedBlock.apply(block, None, x, *tensors)
-        update(stats[1:] if raw else stats)
+        update(stats[1:] if raw or gives_gram else stats)
     else:
         out, *stats = FusedBlock.apply(block, update, x, *tensors)
-    return out, (stats[0], rows[-1].act) if raw else None
+    return out, stats[0] if raw or gives_gram else None
 
 
 def _update_running_stats(stages, batch_norms, stats):

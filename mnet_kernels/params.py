@@ -67,6 +67,14 @@ class ConvBNAct(NamedTuple):
     stride: int = 1
 
 
+class InvertedResidualParams(NamedTuple):
+    """One block of ``functional.inverted_residual_sequence``."""
+
+    layers: tuple[ConvBNAct, ...]  # [expand,] depthwise, project
+    residual: bool = False  # add x; needs stride 1 and as many output as input channels
+    squeeze_excite: "SqueezeExciteParams | None" = None  # before the project layer
+
+
 class SqueezeExciteParams(NamedTuple):
     """Squeeze-excite's two 1x1 convolutions, [R, C, 1, 1], [R], [C, R, 1, 1], [C], whose biases may be None; what
     follows the first of them ("relu", "relu6", "hardswish" or "silu") and the second ("hardsigmoid" or "sigmoid")."""

@@ -51,6 +51,8 @@ SCHEMAS = (
     "Tensor mean, Tensor var, float? momentum) -> ()",
     # out = act(bn(y)) [+ residual]
     "normalize(Tensor y, Tensor bn, int act, Tensor? residual) -> Tensor",
+    # The same, and the gram of out: of a block whose output the next one reads in algebraic mode.
+    "normalize_gram(Tensor y, Tensor bn, int act, Tensor? residual) -> (Tensor out, Tensor gram)",
     # squeeze table of z = act(bn(y))
     "squeeze(Tensor y, Tensor bn, int act) -> Tensor",
     # sums of g = grad * act'(bn(y))
@@ -146,6 +148,10 @@ def _update_running_stats(running_mean, running_var, num_batches_tracked, mean, 
 
 def _normalize(y, bn, act, residual):
     return _map(y, *y.shape)
+
+
+def _normalize_gram(y, bn, act, residual):
+    return _map(y, *y.shape), _gram(y)
 
 
 def _squeeze(y, bn, act):

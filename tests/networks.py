@@ -75,3 +75,8 @@ def compare(theirs, ours, backend, mode, size, batch=4, training=True, classes=5
 def native_calls(counts):
     """Calls of public ops that ran on plain torch."""
     return sum(n for name, n in counts.items() if name.startswith("native::"))
+
+
+def written(counts):
+    """Maps that blocks wrote, with their gram or without."""
+    return counts["mnet_ref::normalize"] + counts["mnet_ref::normalize_gram"]

@@ -16,7 +16,9 @@ def _table_alone():
 
 def test_every_row_says_where_it_comes_from():
     rows = tiles.rows()
-    assert {"pointwise", "depthwise", "depthwise_backward", "expand_depthwise"} <= {row["kernel"] for row in rows}
+    assert {"pointwise", "depthwise_backward", "expand_depthwise", "stem", "stem_backward"} <= {
+        row["kernel"] for row in rows
+    }
     for row in rows:
         assert row["reason"] and row["blocks"] > 0 and row["architecture"] >= 80
         measured = row["measured"]
@@ -25,14 +27,15 @@ def test_every_row_says_where_it_comes_from():
 
 def test_an_override_comes_first_and_keeps_the_rest():
     table = tiles.rows()
-    tiles.override(["pointwise:bits=16,channels=48,blocks=512", "gram:least=9"])
-    first, second, *rest = tiles.rows()
+    tiles.override(["pointwise:bits=16,channels=48,blocks=512", "gram:least=9", "stem_backward:runs=64"])
+    first, second, third, *rest = tiles.rows()
     assert rest == table
     medium = next(r for r in table if r["kernel"] == "pointwise" and r["channels"] == 64)
     assert first == {**medium, "channels": 48, "blocks": 512, "override": True, "reason": "given"}
     assert (second["kernel"], second["least"], second["blocks"]) == ("gram", 9, 528)
+    assert (third["kernel"], third["runs"], third["blocks"]) == ("stem_backward", 64, 1056)
     header = environment.header("cpu")
-    assert header["tiles"] == [first, second]
+    assert header["tiles"] == [first, second, third]
     tiles.override([])
     assert tiles.rows() == table and environment.identity(environment.header("cpu")) != environment.identity(header)
 
@@ -45,6 +48,7 @@ def test_an_override_comes_first_and_keeps_the_rest():
         ("pointwise:blocks=-1", "'blocks=-1' is not NAME=NUMBER"),
         ("pointwise:bits=16,tile=3", "of the 3 that are compiled"),
         ("pointwise:bits=32,tile=1", "of the 1 that are compiled"),
+        ("stem:tile=1", "of the 1 that are compiled"),
         ("normalize:blocks=0", "blocks and least positive"),
         ("normalize:bits=64", "bits must be 0, 16 or 32"),
     ],

@@ -223,7 +223,7 @@ def test_automatic_mode_without_the_stages_is_chain(from_thirty_positions, monke
     assert (found.backend, found.mode) == ("cpu", "chain")
 
 
-ALGEBRAIC_FORWARD = {"gram", "expand_finalize", "expand_depthwise"}
+ALGEBRAIC_FORWARD = {"gram", "normalize_gram", "expand_finalize", "expand_depthwise"}
 
 
 @pytest.fixture

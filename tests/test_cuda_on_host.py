@@ -16,6 +16,7 @@ import pytest
 import test_cpu_stages as elementwise
 import test_cpu_stem as stems
 import test_gpu as suite
+import test_gram_hand_over as rows
 import test_precision
 import torch
 from blocks import Case, Inputs, step, upstream_of
@@ -430,6 +431,19 @@ def test_forward_in_algebraic_mode(case, training, dtype):
             else:
                 verdict.add(key, ours[key], torchs[key], ref)
     verdict.verdict()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_hands_on_its_grams(dtype):
+    """Each block's output and running statistics as of blocks called one by one, to the bit."""
+    x = torch.randn(2, 4, 9, 7)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32), mk.backend("cuda", "algebraic"):
+        blocks = rows.row()
+        got, counts = rows.results(blocks, rows.in_a_row, x)
+        want, others = rows.results(blocks, rows.one_by_one, x)
+    assert all(map(torch.equal, got, want))
+    assert counts["mnet_cuda::normalize_gram"] == others["mnet_cuda::gram"] == 3
+    assert counts["mnet_cuda::gram"] == others["mnet_cuda::normalize_gram"] == 0
 
 
 def test_a_training_step_in_algebraic_mode_is_chain(caplog):

@@ -110,6 +110,22 @@ def test_stem():
         mk.functional.separable_sequence(torch.randn(2, 4, 6, 6), [(depthwise, pointwise)], stem=pointwise)
 
 
+def test_a_row_of_blocks():
+    bn = BatchNormParams.of(nn.BatchNorm2d(4))
+    depthwise = mk.functional.ConvBNAct("depthwise", torch.randn(4, 1, 3, 3), bn, "relu6")
+    pointwise = mk.functional.ConvBNAct("pointwise", torch.randn(4, 4, 1, 1), bn, "identity")
+    good, x = mk.functional.InvertedResidualParams((depthwise, pointwise)), torch.randn(2, 4, 6, 6)
+    run = mk.functional.inverted_residual_sequence
+    with pytest.raises(ValueError, match="blocks is empty"):
+        run(x, [])
+    with pytest.raises(TypeError, match=r"blocks\[1\] must be an InvertedResidualParams, got tuple"):
+        run(x, [good, (depthwise, pointwise)])
+    with pytest.raises(ValueError, match=r"blocks\[0\].layers must be .* got \['pointwise', 'depthwise'\]"):
+        run(x, [good._replace(layers=(pointwise, depthwise))])
+    with pytest.raises(ValueError, match="residual needs stride 1"):
+        run(x, [good, good._replace(layers=(depthwise._replace(stride=2), pointwise), residual=True)])
+
+
 def test_pointwise_weight():
     inputs = Inputs(Case("pointwise_conv_bn_act"))
     inputs.weights[0] = torch.randn(6, 5, 3, 3, dtype=torch.float64)

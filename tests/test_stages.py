@@ -48,6 +48,7 @@ def sample(n=2, c=3, e=5, o=4, h=7, w=6, k=3, stride=2, dtype=torch.float32, how
             (table(c), table(c), None, table(c), table(c), 0.1),
         ],
         "normalize": [(x, bn_c, 2, None), (x, bn_c, 0, map_(c))],
+        "normalize_gram": [(x, bn_c, 2, None), (x, bn_c, 0, map_(c))],
         "squeeze": [(xe, bn_e, 3)],
         "normalize_backward": [(x, x, bn_c, 2)],
         "finalize_backward": [(table(2, c), bn_c, count, True), (table(2, c), bn_c, count, False)],

@@ -146,6 +146,11 @@ def gram(x):
     return torch.cat([d @ d.T / v.shape[1], v.mean(1)[None], table[-1:]])
 
 
+def normalize_gram(y, bn, act, residual):
+    out = normalize(y, bn, act, residual)
+    return out, gram(out)
+
+
 def _expanded(x, shift, weight, bn):
     """The argument of the activation behind the expand layer."""
     return _normalize(F.conv2d((x.float() - _channel(shift)).to(x.dtype), weight), bn)

@@ -39,13 +39,14 @@ struct DepthwiseParams {
 static_assert(std::is_trivially_copyable_v<DepthwiseParams>, "passed to kernels by value");
 static_assert(sizeof(DepthwiseParams) <= 256, "kernel arguments live in constant memory: keep them small");
 
-// normalize (operand: residual, output: out), normalize_backward (operand: grad, table: sums) and squeeze (table).
+// normalize (operand: residual, output: out), normalize_gram (the same, table: gram), normalize_backward (operand: grad,
+// table: sums) and squeeze (table).
 struct NormalizeParams {
   const void* y;        // [n, area, c]
   const void* operand;  // like y; nullptr: none
   void* output;         // like y
   const float* bn;      // rows of c: scale, shift, mean, ...
-  float* table;         // [2, c] sums, or [3, n, c] squeeze table
+  float* table;         // [2, c] sums, [3, n, c] squeeze table, or [c + 2, c] gram
 
   int64_t n;
   int64_t area;  // h * w

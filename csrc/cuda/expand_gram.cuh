@@ -56,10 +56,28 @@ MNET_DEVICE int2 triangle_block(int index) {
   return {row, index - row * (row + 1) / 2};
 }
 
-// Partials: means [chunks, pitch], products [chunks, pitch, pitch] of which the blocks of the lower triangle.
-template <typename T>
-__global__ void __launch_bounds__(GramTraits::kThreads, GramTraits::kBlocksPerSm)
-    gram_kernel(const GramParams p, const GramTiling t, double* __restrict__ means, float* __restrict__ products) {
+// Where gather_gram has a thread's 16 bytes of channels from: a map in memory.  `fetch` starts the loads of a position,
+// `finish` makes of what has arrived, positions from `first` on and `step` apart, the values that `words` then holds.
+template <typename T_>
+struct MapSource {
+  using T = T_;
+  const T* x;  // the thread's first channel
+  int c;
+  int valid;  // channels
+  bool vectorized;
+  Words words[GramTraits::kLoads];
+
+  MNET_DEVICE void fetch(int u, int64_t position, bool exists) {
+    words[u] = Words{};
+    if (exists) words[u] = load_words(x + position * c, valid, vectorized);
+  }
+  MNET_DEVICE void finish(int64_t, int, int64_t) {}
+};
+
+// The partials of a block: means [chunks, pitch], products [chunks, pitch, pitch] of which the blocks of the lower triangle.
+template <typename Source>
+MNET_DEVICE void gather_gram(Source& source, int64_t positions, const GramTiling& t, double* means, float* products) {
+  using T = typename Source::T;
   constexpr int kLoads = GramTraits::kLoads, kVec = Pack<T>::kSize, kBlock = GramTraits::kBlock;
   MNET_SHARED(float, tile, [GramTraits::kTileFloats]);
   MNET_SHARED(float, sums, [GramTraits::kThreads]);
@@ -80,17 +98,12 @@ __global__ void __launch_bounds__(GramTraits::kThreads, GramTraits::kBlocksPerSm
   const float* const left = tile + block.x * kBlock;
   const float* const right = tile + block.y * kBlock;
 
-  const int64_t begin = blockIdx.x * t.run, end = smaller(begin + t.run, p.positions);
-  const T* const x = static_cast<const T*>(p.x) + pack_channel;
-  Words words[kLoads];
+  const int64_t begin = blockIdx.x * t.run, end = smaller(begin + t.run, positions);
   const auto fetch = [&](int64_t first) {
     MNET_UNROLL
     for (int u = 0; u < kLoads; ++u) {
       const int64_t position = first + row + u * t.row_step;
-      words[u] = Words{};
-      if (loads && position < end) {
-        words[u] = load_words(x + position * p.c, MNET_PLANT(50, p.c - pack_channel, p.c - pack_channel - 1), t.vectorized);
-      }
+      source.fetch(u, position, loads && position < end);
     }
   };
 
@@ -100,6 +113,7 @@ __global__ void __launch_bounds__(GramTraits::kThreads, GramTraits::kBlocksPerSm
   for (int64_t first = begin; first < end; first += t.rows) {
     const int count = static_cast<int>(smaller(t.rows, end - first));
     if (loads) {
+      source.finish(first + row, t.row_step, end);
       MNET_UNROLL
       for (int u = 0; u < kLoads; ++u) {
         float* const to = tile + (row + u * t.row_step) * t.pitch + pack_channel;
@@ -108,7 +122,7 @@ __global__ void __launch_bounds__(GramTraits::kThreads, GramTraits::kBlocksPerSm
           if (pack_channel + v < t.pitch) {
             Pack<float> four;
             MNET_UNROLL
-            for (int k = 0; k < 4; ++k) four.lane[k] = value_of<T>(words[u], v + k);
+            for (int k = 0; k < 4; ++k) four.lane[k] = value_of<T>(source.words[u], v + k);
             *reinterpret_cast<Pack<float>*>(to + v) = four;
           }
         }
@@ -197,6 +211,15 @@ __global__ void __launch_bounds__(GramTraits::kThreads, GramTraits::kBlocksPerSm
     products[(int64_t{blockIdx.x} * t.pitch + i) * t.pitch + j] = sum;
   }
   if (tid < t.pitch) means[int64_t{blockIdx.x} * t.pitch + tid] = mean;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(GramTraits::kThreads, GramTraits::kBlocksPerSm)
+    gram_kernel(const GramParams p, const GramTiling t, double* __restrict__ means, float* __restrict__ products) {
+  const int channel = static_cast<int>(threadIdx.x) % t.packs * Pack<T>::kSize;
+  const int valid = MNET_PLANT(50, p.c - channel, p.c - channel - 1);
+  MapSource<T> source{static_cast<const T*>(p.x) + channel, p.c, valid, t.vectorized, {}};
+  gather_gram(source, p.positions, t, means, products);
 }
 
 // The second level: as combine.cuh's, of all elements of the covariance.  The diagonal's threads know mean and variance of

@@ -7,23 +7,16 @@
 
 namespace mnet::cuda {
 
-// Enough blocks to fill any card several times over, and few enough partial sums to combine quickly; the backward's write a
-// whole gradient each.  ESTIMATES: none has been measured on a card yet.
-constexpr int64_t kTargetStemBlocks = 8192;
-constexpr int64_t kTargetStemBackwardBlocks = 1056;
-#if !defined(MNET_STEM_MAX_CHUNKS)  // the tests' blocks walk over several tiles of small maps
-#define MNET_STEM_MAX_CHUNKS 2048
-#endif
-
-static StemTiling make_tiling(const StemImage& image, int32_t channels, int columns, int64_t blocks, bool by_slice) {
+// A function of the shape and the tile alone.
+static StemTiling make_tiling(const StemImage& image, int32_t channels, int columns, const Tile& tile, bool by_slice) {
   StemTiling t{};
   t.tiles_h = static_cast<int32_t>(divide_up(image.out_h, StemTile::kH));
   t.tiles_w = static_cast<int32_t>(divide_up(image.out_w, StemTile::kW));
   t.tiles = image.n * t.tiles_h * t.tiles_w;
   t.column_blocks = static_cast<int32_t>(divide_up(channels, columns));
   t.slices = static_cast<int32_t>(divide_up(StemTile::kNeighbours * image.c, StemTile::kTaps));
-  const int64_t wanted = divide_up(blocks, int64_t{t.column_blocks} * (by_slice ? t.slices : 1));
-  t.tiles_per_block = divide_up(t.tiles, smaller(wanted, MNET_STEM_MAX_CHUNKS));
+  const int64_t wanted = divide_up(tile.blocks, int64_t{t.column_blocks} * (by_slice ? t.slices : 1));
+  t.tiles_per_block = larger(divide_up(t.tiles, smaller(wanted, tile.runs)), tile.least);
   t.chunks = t.tiles == 0 ? 0 : divide_up(t.tiles, t.tiles_per_block);
   return t;
 }
@@ -41,13 +34,12 @@ static cudaError_t with_traits(Dtype dtype, bool tf32, F&& f) {
   });
 }
 
-// All dtypes deal alike.
-static StemTiling forward_tiling(const StemParams& p) {
-  return make_tiling(p.image, p.e, StemTraits<float, Math::kFma>::kColumns, kTargetStemBlocks, false);
+static StemTiling forward_tiling(const StemParams& p, const Tile& tile) {
+  return make_tiling(p.image, p.e, StemTraits<float, Math::kFma>::kColumns, tile, false);
 }
 
-static StemTiling backward_tiling(const StemBackwardParams& p) {
-  return make_tiling(p.image, p.e, StemBackwardTraits<float, Math::kFma>::kColumns, kTargetStemBackwardBlocks, true);
+static StemTiling backward_tiling(const StemBackwardParams& p, const Tile& tile) {
+  return make_tiling(p.image, p.e, StemBackwardTraits<float, Math::kFma>::kColumns, tile, true);
 }
 
 template <typename T>
@@ -55,16 +47,18 @@ static int pixel_bytes(const StemImage& image) {
   return StemTile::values(image.c, image.stride) * static_cast<int>(sizeof(T));
 }
 
-int64_t stem_workspace(const StemParams& p) { return p.moments == nullptr ? 0 : forward_tiling(p).chunks * 3 * p.e; }
+int64_t stem_workspace(const StemParams& p, const Tile& tile) {
+  return p.moments == nullptr ? 0 : forward_tiling(p, tile).chunks * 3 * p.e;
+}
 
-int64_t stem_backward_workspace(const StemBackwardParams& p) {
-  const int64_t chunks = backward_tiling(p).chunks;
+int64_t stem_backward_workspace(const StemBackwardParams& p, const Tile& tile) {
+  const int64_t chunks = backward_tiling(p, tile).chunks;
   return p.dw == nullptr || chunks == 1 ? 0 : chunks * p.e * StemTile::kNeighbours * p.image.c;
 }
 
 template <typename Traits>
-static cudaError_t launch(const StemParams& p, float* workspace, cudaStream_t stream) {
-  const StemTiling tiling = forward_tiling(p);
+static cudaError_t launch(const StemParams& p, const Tile& tile, float* workspace, cudaStream_t stream) {
+  const StemTiling tiling = forward_tiling(p, tile);
   if (tiling.chunks > 0) {
     PointwiseParams output{};
     output.y = p.y;
@@ -81,8 +75,8 @@ static cudaError_t launch(const StemParams& p, float* workspace, cudaStream_t st
 }
 
 template <typename Traits>
-static cudaError_t launch(const StemBackwardParams& p, float* workspace, cudaStream_t stream) {
-  const StemTiling tiling = backward_tiling(p);
+static cudaError_t launch(const StemBackwardParams& p, const Tile& tile, float* workspace, cudaStream_t stream) {
+  const StemTiling tiling = backward_tiling(p, tile);
   if (tiling.chunks > 0) {
     const bool vectorized = p.e % Traits::kVec == 0 && aligned(p.grad) && aligned(p.y) && (p.dy == nullptr || aligned(p.dy));
     const auto blocks = static_cast<unsigned>(tiling.chunks * tiling.column_blocks * tiling.slices);
@@ -95,14 +89,16 @@ static cudaError_t launch(const StemBackwardParams& p, float* workspace, cudaStr
   return combine_sums({workspace, 1, tiling.chunks, int64_t{p.e} * depth, p.e, depth, p.dw, 0, depth, 1}, stream);
 }
 
-cudaError_t stem(const StemParams& p, Dtype dtype, bool tf32, float* workspace, cudaStream_t stream) {
-  return with_traits<StemTraits>(dtype, tf32, [&](auto traits) { return launch<decltype(traits)>(p, workspace, stream); });
+cudaError_t stem(const StemParams& p, Dtype dtype, const Tile& tile, bool tf32, float* workspace, cudaStream_t stream) {
+  return with_traits<StemTraits>(dtype, tf32,
+                                 [&](auto traits) { return launch<decltype(traits)>(p, tile, workspace, stream); });
 }
 
-cudaError_t stem_backward(const StemBackwardParams& p, Dtype dtype, bool tf32, float* workspace, cudaStream_t stream) {
+cudaError_t stem_backward(const StemBackwardParams& p, Dtype dtype, const Tile& tile, bool tf32, float* workspace,
+                          cudaStream_t stream) {
   if (p.dw == nullptr && p.dy == nullptr) return cudaSuccess;
   return with_traits<StemBackwardTraits>(dtype, tf32,
-                                         [&](auto traits) { return launch<decltype(traits)>(p, workspace, stream); });
+                                         [&](auto traits) { return launch<decltype(traits)>(p, tile, workspace, stream); });
 }
 
 }  // namespace mnet::cuda

@@ -16,12 +16,13 @@ namespace mnet::cuda {
 static std::tuple<at::Tensor, at::Tensor> stem_op(const at::Tensor& x, const at::Tensor& weight, int64_t stride,
                                                   bool moments) {
   const c10::cuda::CUDAGuard guard(x.device());
-  check_device("stem", x.device());
+  const int architecture = check_device("stem", x.device());
   const StemCall call = prepare_stem(x, weight, stride, moments);
   const bool tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);  // as torch's convolution asks
-  const at::Tensor workspace = at::empty({stem_workspace(call.params)}, x.options().dtype(at::kFloat));
+  const Tile tile = choose_tile(Kernel::kStem, call.dtype, call.params.e, architecture);
+  const at::Tensor workspace = at::empty({stem_workspace(call.params, tile)}, x.options().dtype(at::kFloat));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-  check_launch("stem", stem(call.params, call.dtype, tf32, workspace.mutable_data_ptr<float>(), stream));
+  check_launch("stem", stem(call.params, call.dtype, tile, tf32, workspace.mutable_data_ptr<float>(), stream));
   return {call.y, call.moments};
 }
 
@@ -30,13 +31,14 @@ static std::tuple<at::Tensor, at::Tensor> stem_backward_op(const at::Tensor& gra
                                                            const at::Tensor& x, int64_t stride, bool needs_dy,
                                                            bool needs_dw) {
   const c10::cuda::CUDAGuard guard(x.device());
-  check_device("stem_backward", x.device());
+  const int architecture = check_device("stem_backward", x.device());
   const StemBackwardCall call = prepare_stem_backward(grad, y, y_bn, coef, y_act, x, stride, needs_dy, needs_dw);
   const bool tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
-  const at::Tensor workspace = at::empty({stem_backward_workspace(call.params)}, x.options().dtype(at::kFloat));
+  const Tile tile = choose_tile(Kernel::kStemBackward, call.dtype, call.params.e, architecture);
+  const at::Tensor workspace = at::empty({stem_backward_workspace(call.params, tile)}, x.options().dtype(at::kFloat));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
   check_launch("stem_backward",
-               stem_backward(call.params, call.dtype, tf32, workspace.mutable_data_ptr<float>(), stream));
+               stem_backward(call.params, call.dtype, tile, tf32, workspace.mutable_data_ptr<float>(), stream));
   return {call.dy, call.dw};
 }
 

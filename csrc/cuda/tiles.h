@@ -18,10 +18,12 @@ enum class Kernel {
   kPointwiseInputGradient,
   kPointwiseWeightGradient,
   kPointwiseBothGradients,  // index 0: by the two kernels above, 1: by one, where it can
-  kGram,
+  kGram,  // and of normalize_gram
   kExpandDepthwise,
+  kStem,
+  kStemBackward,
 };
-constexpr int kKernels = 10;
+constexpr int kKernels = 12;
 
 constexpr const char* kKernelNames[kKernels] = {
     "depthwise",
@@ -34,6 +36,8 @@ constexpr const char* kKernelNames[kKernels] = {
     "pointwise_both_gradients",
     "gram",
     "expand_depthwise",
+    "stem",
+    "stem_backward",
 };
 
 // How many tiles of a kernel are compiled for a storage dtype of so many bits: `Tile::index` counts them.
@@ -107,6 +111,9 @@ constexpr TileRow kTileTable[] = {
     {Kernel::kGram, 0, 80, 0, {0, 528, 0, 0, 4}, "two waves of two blocks on each of 132 SMs; few tables to combine", nullptr},
     {Kernel::kExpandDepthwise, 0, 80, 0, {0, 4096, 0, 2048, 1},
      "several waves; several tiles for each weight a block reads, 8 KiB where a tile of x has 2 to 12", nullptr},
+    {Kernel::kStem, 0, 80, 0, {0, 8192, 0, 2048, 1}, "several waves of any card; few moments to combine", nullptr},
+    {Kernel::kStemBackward, 0, 80, 0, {0, 1056, 0, 2048, 1},
+     "8 blocks for each of 132 SMs, of which each writes a gradient", nullptr},
 };
 
 constexpr bool fits(const TileRow& row, Kernel kernel, int bits, int64_t channels, int architecture) {

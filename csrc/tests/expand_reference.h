@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../common/expand_params.h"
+#include "gram_reference.h"
 #include "stage_data.h"
 
 namespace mnet::test {
@@ -107,26 +108,7 @@ struct ExpandProblem {
   }
 
   // What gram wrote.
-  void check_gram(const std::vector<float>& table) {
-    std::vector<double> mean(s.c, 0.0);
-    for (int64_t i = 0; i < in * s.c; ++i) mean[i % s.c] += x.get(i) / static_cast<double>(in);
-    for (int i = 0; i < s.c; ++i) {
-      for (int j = 0; j < s.c; ++j) {
-        double want = 0.0, magnitude = 0.0;
-        for (int64_t p_ = 0; p_ < in; ++p_) {
-          const double term = (x.get(p_ * s.c + i) - mean[i]) * (x.get(p_ * s.c + j) - mean[j]) / static_cast<double>(in);
-          want += term;
-          magnitude += std::fabs(term);
-        }
-        check("covariance", i * s.c + j, table[i * s.c + j], want, 16 * unit32 * magnitude + 1e-30);
-        if (i != j) continue;
-        const double ratio = std::fabs(mean[i]) / std::sqrt(want + 1e-30), k = table[(s.c + 1) * s.c + i];
-        if (in > 0 && ratio > 4.1) check("shift", i, k, round_to(dtype, mean[i]), 2 * unit * std::fabs(mean[i]));
-        if (ratio < 3.9) check("shift", i, k, 0.0, 0.0);
-      }
-      check("mean", i, table[s.c * s.c + i], mean[i], 4 * unit32 * (std::fabs(mean[i]) + 1));
-    }
-  }
+  void check_gram(const std::vector<float>& table) { test::check_gram(check, dtype, x, in, s.c, table); }
 
   // y and its moments.  operand_error: relative, of an operand of the expand layer's product.
   void check_forward(Buffer& to, const std::vector<float>& moments, double operand_error = 0.0) {

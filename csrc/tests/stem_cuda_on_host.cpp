@@ -2,12 +2,18 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define MNET_STEM_MAX_CHUNKS 2
 #include "../cuda/combine.cu"
 #include "../cuda/stem.cu"  // the launchers themselves, their launches replaced
 #include "stem_reference.h"
 
 using namespace mnet;
+
+// Blocks walk over several tiles of small maps.
+static cuda::Tile two_runs(cuda::Kernel kernel, Dtype dtype, int channels) {
+  cuda::Tile tile = cuda::choose_tile(kernel, dtype, channels, 80);
+  tile.runs = 2;
+  return tile;
+}
 
 // Exactly as many as asked for, of 16-byte alignment, NaN.
 static std::unique_ptr<float[]> allocate(int64_t floats) {
@@ -34,21 +40,22 @@ static bool check(const test::StemCase& shape, Dtype dtype, bool tf32, uint64_t 
   const std::vector<double> given = values(problem.y, size);
   const StemParams p = problem.forward();
   const StemBackwardParams b = problem.backward();
+  const cuda::Tile tile = two_runs(cuda::Kernel::kStem, dtype, p.e), back = two_runs(cuda::Kernel::kStemBackward, dtype, b.e);
   std::vector<double> first_y, first_dy;
   std::vector<float> first_moments, first_dw;
   for (const host::Schedule schedule : host::kSchedules) {
     host::schedule = schedule;
     const bool first = schedule == host::Schedule::kForward;
     poison(problem.y, size);
-    const auto forward = allocate(cuda::stem_workspace(p));
-    if (cuda::stem(p, dtype, tf32, forward.get(), nullptr) != cudaSuccess) return false;
+    const auto forward = allocate(cuda::stem_workspace(p, tile));
+    if (cuda::stem(p, dtype, tile, tf32, forward.get(), nullptr) != cudaSuccess) return false;
     const std::vector<double> y = values(problem.y, size);
     if (first) problem.check_forward(label, rounding);
 
     for (int64_t i = 0; i < size; ++i) problem.y.set(i, given[i]);
     poison(problem.dy, size);
-    const auto backward = allocate(cuda::stem_backward_workspace(b));
-    if (cuda::stem_backward(b, dtype, tf32, backward.get(), nullptr) != cudaSuccess) return false;
+    const auto backward = allocate(cuda::stem_backward_workspace(b, back));
+    if (cuda::stem_backward(b, dtype, back, tf32, backward.get(), nullptr) != cudaSuccess) return false;
     const std::vector<double> dy = values(problem.dy, size);
     if (first) {
       problem.check_backward(label, rounding);
@@ -70,13 +77,14 @@ static bool check_parts(Dtype dtype) {
   test::StemProblem problem({2, 3, 19, 21, 40, 2}, dtype, 99);
   const int64_t size = problem.positions * problem.s.e;
   StemBackwardParams b = problem.backward();
+  const cuda::Tile back = two_runs(cuda::Kernel::kStemBackward, dtype, b.e);
   const auto run = [&](bool dy, bool dw) {
     poison(problem.dy, size);
     std::fill(problem.dw.begin(), problem.dw.end(), std::nanf(""));
     b.dy = dy ? problem.dy.data() : nullptr;
     b.dw = dw ? problem.dw.data() : nullptr;
-    const auto workspace = allocate(cuda::stem_backward_workspace(b));
-    return cuda::stem_backward(b, dtype, true, workspace.get(), nullptr) == cudaSuccess;
+    const auto workspace = allocate(cuda::stem_backward_workspace(b, back));
+    return cuda::stem_backward(b, dtype, back, true, workspace.get(), nullptr) == cudaSuccess;
   };
   bool good = run(true, true);
   const std::vector<double> dy = values(problem.dy, size);
@@ -85,7 +93,8 @@ static bool check_parts(Dtype dtype) {
   good &= run(false, true) && problem.dw == dw && (size == 0 || std::isnan(problem.dy.get(0)));
   StemParams p = problem.forward();
   p.moments = nullptr;
-  good &= cuda::stem_workspace(p) == 0 && cuda::stem(p, dtype, true, nullptr, nullptr) == cudaSuccess;
+  const cuda::Tile tile = two_runs(cuda::Kernel::kStem, dtype, p.e);
+  good &= cuda::stem_workspace(p, tile) == 0 && cuda::stem(p, dtype, tile, true, nullptr, nullptr) == cudaSuccess;
   good &= !std::isnan(problem.y.get(0)) && std::isnan(problem.moments[0]);
   if (!good) std::printf("%s: a part of the results is wrong by itself\n", test::name(dtype));
   return good;

@@ -28,6 +28,9 @@ int main() {
   expect("an override's numbers", choose_tile(Kernel::kPointwise, Dtype::kFloat16, 8, 90).blocks == 7);
   expect("beyond them", index(49, 90) == 1 && index(8, 80) == 0 && index(8, 90, Dtype::kFloat32) == 0);
   expect("of another kernel", choose_tile(Kernel::kGram, Dtype::kFloat16, 8, 90).blocks == 528);
+  tile_overrides().push_back({Kernel::kStem, 0, 80, 0, {0, 5, 0, 2, 1}, "", nullptr});
+  expect("of the stem alone", choose_tile(Kernel::kStem, Dtype::kFloat32, 32, 80).runs == 2 &&
+                                  choose_tile(Kernel::kStemBackward, Dtype::kFloat32, 32, 80).runs == 2048);
   tile_overrides().clear();
   expect("cleared", index(8, 90) == 0);
 

@@ -46,6 +46,8 @@ class Block(NamedTuple):
     source_act: int | None = None  # x is raw: its bn table is the last tensor, this its activation
     raw: bool = False  # the output is raw, followed by its bn table
     pooled: bool = False  # the output is the mean over H and W, [N, C]; the last layer is pointwise
+    takes_gram: bool = False  # algebraic mode: the gram of x is the last tensor
+    gives_gram: bool = False  # the output is followed by its gram
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -81,14 +83,15 @@ def autocast_off(device_type):
 
 
 class FusedBlock(torch.autograd.Function):
-    """``apply(block, on_stats, x, *tensors) -> (out, [bn table if block.raw,] mean_1, var_1, ...)``.
+    """``apply(block, on_stats, x, *tensors) -> (out, [bn table if block.raw, or gram,] mean_1, var_1, ...)``.
 
-    ``tensors``: PER_LAYER a layer, then squeeze-excite's four if ``block.excite``, or x's bn table if x is raw.  x:
-    [N, C, H, W] in channels_last memory and the storage dtype; weights in any dtype (rounded to the storage dtype here,
-    their gradients come back in their own).  mean and (unbiased) variance of every layer with batch statistics are for
-    the running ones and carry no gradient.  ``on_stats`` (or None) is called with them before anything is saved for
-    backward: there activation checkpointing stops its recomputation, and the running statistics must have moved by
-    then, as torch's do.
+    ``tensors``: PER_LAYER a layer, then squeeze-excite's four if ``block.excite``, or x's bn table if x is raw, or its
+    gram.  x: [N, C, H, W] in channels_last memory and the storage dtype; weights in any dtype (rounded to the storage
+    dtype here, their gradients come back in their own).  mean and (unbiased) variance of every layer with batch
+    statistics are for the running ones and carry no gradient, nor does a gram: the block that takes it has the gradient
+    of x through its statistics in its own formulas.  ``on_stats`` (or None) is called with them before anything is
+    saved for backward: there activation checkpointing stops its recomputation, and the running statistics must have
+    moved by then, as torch's do.
     """
 
     @staticmethod
@@ -104,8 +107,8 @@ class FusedBlock(torch.autograd.Function):
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.save_for_backward(x, *saved, *weights, *extra)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*stats)
-        return (*out, *stats) if block.raw else (out, *stats)
+        ctx.mark_non_differentiable(*stats, *(out[1:] if block.gives_gram else ()))
+        return (*out, *stats) if block.raw or block.gives_gram else (out, *stats)
 
     @staticmethod
     def backward(ctx, grad, *others):

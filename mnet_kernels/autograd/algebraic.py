@@ -4,14 +4,24 @@ Layers: expand (pointwise), depthwise, project (pointwise).  Saved: the input, t
 """
 
 from . import excite as se
-from .batch_norm import PER_LAYER, backward_coefficients, coefficients, expand_coefficients, positions
+from .batch_norm import PER_LAYER, backward_coefficients, coefficients, expand_coefficients, output, positions
 
 
-def forward(stage, block, x, layers, weights, excite):
-    """Returns (out, saved tensors, [mean, unbiased variance] of every layer with batch statistics)."""
+def _split(block, extra):
+    """(squeeze-excite's tensors, gram of x or None)."""
+    return (extra[:-1], extra[-1]) if block.takes_gram else (extra, None)
+
+
+def forward(stage, block, x, layers, weights, extra):
+    """Returns (out, saved tensors, [mean, unbiased variance] of every layer with batch statistics).
+
+    ``extra``: squeeze-excite's tensors, then the gram of x if ``block.takes_gram``.  out is (map, its gram) if
+    ``block.gives_gram``.
+    """
     expand, depthwise, project = block.layers
     w1, w2, w3 = weights
-    gram, shift, bn1, mean1, var1 = expand_coefficients(stage, expand, layers[0], w1, x)
+    excite, gram = _split(block, extra)
+    gram, shift, bn1, mean1, var1 = expand_coefficients(stage, expand, layers[0], w1, x, gram)
     y2, moments = stage.expand_depthwise(x, shift, w1, bn1, expand.act, w2, depthwise.stride, depthwise.batch_stats)
     bn2 = coefficients(stage, depthwise, layers[1], moments, y2)
     gates, gate = [], None
@@ -21,19 +31,20 @@ def forward(stage, block, x, layers, weights, excite):
         gate = gates[1]
     y3, moments = stage.pointwise(y2, w3, bn2, depthwise.act, gate, project.batch_stats)
     bn3 = coefficients(stage, project, layers[2], moments, y3)
-    out = stage.normalize(y3, bn3, project.act, x if block.residual else None)
+    out = output(stage, block, y3, bn3, project.act, x)
     means = ((expand, mean1, var1), (depthwise, bn2[2], bn2[4]), (project, bn3[2], bn3[4]))
     stats = [t for layer, mean, var in means if layer.batch_stats for t in (mean, var)]
     return out, [gram, shift, y2, y3, bn1, bn2, bn3, *gates], stats
 
 
-def backward(stage, block, grad, x, saved, weights, excite, needs_x, needs):
+def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
     """Returns (dx or None, gradients in the order of the tensors given to ``FusedBlock.apply``)."""
     expand, depthwise, project = block.layers
     w1, w2, w3 = weights
     gram, shift, y2, y3, bn1, bn2, bn3, *gates = saved
+    excite, _ = _split(block, extra)
     count = len(block.layers) * PER_LAYER
-    grads = [None] * (count + len(excite))
+    grads = [None] * (count + len(extra))
 
     def batch_norm_grads(layer, dgamma, dbeta):
         at = layer * PER_LAYER
@@ -59,7 +70,8 @@ def backward(stage, block, grad, x, saved, weights, excite, needs_x, needs):
     if not below:
         return None, grads
     if gates:
-        offset, sums, grads[count:] = se.backward(block.excite, sums, *gates, excite, y2.shape[2] * y2.shape[3])
+        area = y2.shape[2] * y2.shape[3]
+        offset, sums, grads[count : count + len(excite)] = se.backward(block.excite, sums, *gates, excite, area)
     coef2 = backward_coefficients(stage, depthwise, sums, bn2, y2)
     batch_norm_grads(1, coef2[2], coef2[3])
 

@@ -51,8 +51,16 @@ def coefficients(stage, layer, tensors, moments, y):
     return bn
 
 
-def expand_coefficients(stage, layer, tensors, weight, x):
-    """The same for the expand layer of algebraic mode, whose raw output never exists.
+def output(stage, block, y, bn, act, x):
+    """A block's output from the raw one of its last layer, or (output, its gram)."""
+    write = stage.normalize_gram if block.gives_gram else stage.normalize
+    return write(y, bn, act, x if block.residual else None)
+
+
+def expand_coefficients(stage, layer, tensors, weight, x, gram):
+    """The same as :func:`coefficients` for the expand layer of algebraic mode, whose raw output never exists.
+
+    ``gram``: of x, or None if it is still to be gathered.
 
     Returns (gram or None, shift [C], bn [5, E] of W (x - shift), mean [E] and variance [E] of W x).
     """
@@ -60,7 +68,7 @@ def expand_coefficients(stage, layer, tensors, weight, x):
     if not layer.batch_stats:
         bn = coefficients(stage, layer, tensors, None, x)
         return None, x.new_zeros(x.shape[1], dtype=dtype), bn, bn[2], bn[4]
-    gram = stage.gram(x)
+    gram = stage.gram(x) if gram is None else gram
     gamma, beta = _vector(tensors[1], dtype), _vector(tensors[2], dtype)
     bn, mean = stage.expand_finalize(gram, weight, gamma, beta, layer.eps, positions(x))
     return gram, gram[-1], bn, mean, bn[4]

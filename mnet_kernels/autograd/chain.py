@@ -5,7 +5,7 @@ import torch
 
 from ..schema import IDENTITY
 from . import excite as se
-from .batch_norm import PER_LAYER, backward_coefficients, coefficients
+from .batch_norm import PER_LAYER, backward_coefficients, coefficients, output
 
 
 def _source(block, x, extra):
@@ -24,8 +24,8 @@ def _image_gradient(dy, x, weight, stride):
 def forward(stage, block, x, layers, weights, extra):
     """Returns (out, saved tensors, [mean, unbiased variance] of every layer with batch statistics).
 
-    ``extra``: squeeze-excite's tensors, or x's bn table if x is raw.  out is (map, bn table) if ``block.raw``, and
-    [N, C] if ``block.pooled``.
+    ``extra``: squeeze-excite's tensors, or x's bn table if x is raw.  out is (map, bn table) if ``block.raw``, (map,
+    its gram) if ``block.gives_gram``, and [N, C] if ``block.pooled``.
     """
     y, bn, act = _source(block, x, extra)
     gate, gates, maps, bns, stats = None, [], [], [], []
@@ -50,7 +50,7 @@ def forward(stage, block, x, layers, weights, extra):
         # a copy: who changes the output in place does not change what is saved
         return squeezed[0].to(x.dtype, copy=True), [*maps, *bns, squeezed], stats
     # a copy of the table: the statistics are rows of it, and would carry its gradient into the running ones
-    out = (y, bn.clone()) if block.raw else stage.normalize(y, bn, act, x if block.residual else None)
+    out = (y, bn.clone()) if block.raw else output(stage, block, y, bn, act, x)
     return out, [*maps, *bns, *gates], stats
 
 

@@ -72,6 +72,11 @@ def has_stem(backend):
     return implemented(backend) >= STEM_STAGES
 
 
+def hands_on_gram(backend):
+    """Whether the backend gathers the gram of a block's output as it writes it, for the next block to take."""
+    return "normalize_gram" in implemented(backend)
+
+
 def why_not_algebraic(backend, wide, trains):
     """Why a backend that has chain mode whole cannot run a block in algebraic mode; None if it can, or has neither.
 

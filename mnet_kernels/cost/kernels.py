@@ -93,7 +93,7 @@ def _work(op, args, outputs):
         dx, dw = args[13:15]
         lanes = (dx + dw) * _taps(weight) * y.numel() + _NORMALISE * y.numel()
         return 0.0, lanes + 2 * _NORMALISE * x.numel() * (bn is not None)
-    if op == "gram":
+    if op in ("gram", "normalize_gram"):
         return 2.0 * args[0].shape[1] * args[0].numel(), 0.0
     if op == "expand_depthwise":
         return _expand_depthwise(args[0], args[2], args[5], args[6], outputs[0])

@@ -4,6 +4,7 @@ from torch import nn
 
 from . import fusable
 from .conv_bn_act import FusedPointwiseConvBNAct
+from .inverted_residual import run_blocks
 
 
 def run_pooled(features, x, pool=None):
@@ -11,7 +12,7 @@ def run_pooled(features, x, pool=None):
 
     Where ``features`` ends with a :class:`FusedPointwiseConvBNAct`, the map that this layer gives is not written,
     unless somebody may want to see it (hooks, torch.fx) or something else would be computed (other modules, a
-    replaced forward).
+    replaced forward).  What stands before it is run by :func:`run_blocks`.
 
     Args:
         features: a module, as a rule an nn.Sequential.
@@ -22,9 +23,7 @@ def run_pooled(features, x, pool=None):
     if last is None:
         x = features(x)
         return (nn.functional.adaptive_avg_pool2d(x, 1) if pool is None else pool(x)).flatten(1)
-    for block in list(features._modules.values())[:-1]:
-        x = block(x)
-    return last.run_pooled(x)
+    return last.run_pooled(run_blocks(list(features._modules.values())[:-1], x))
 
 
 def _last_layer(features, pool):

@@ -3,6 +3,7 @@
 from torch import nn
 
 from .. import functional
+from ..params import InvertedResidualParams
 from . import fusable
 from .base import FusedModule
 from .conv_bn_act import FusedConvBNAct, FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct
@@ -122,26 +123,46 @@ class FusedInvertedResidual(FusedModule, nn.Module):
         out = self._modules[self._body](x)
         return x + out if self.use_res_connect else out
 
-    def run_fused(self, x):
+    def params(self):
+        """The block's parameters, for the functional API."""
         expand, depthwise, se, project, bn = self._roles()
-        expand = None if expand is None else fusable.layer(*_parts(expand), "pointwise")
-        depthwise = fusable.layer(*_parts(depthwise), "depthwise")
-        project = fusable.layer(project, bn, None, "pointwise")
-        return functional.inverted_residual(
-            x,
-            None if expand is None else expand.weight,
-            None if expand is None else expand.bn,
-            depthwise.weight,
-            depthwise.bn,
-            project.weight,
-            project.bn,
-            stride=depthwise.stride,
-            activation=depthwise.activation,
-            residual=self.use_res_connect,
-            squeeze_excite=None if se is None else fusable.squeeze_excite_params(se),
-            backend=self.backend,
-            mode=self.mode,
-        )
+        layers = () if expand is None else (fusable.layer(*_parts(expand), "pointwise"),)
+        layers += (fusable.layer(*_parts(depthwise), "depthwise"), fusable.layer(project, bn, None, "pointwise"))
+        excite = None if se is None else fusable.squeeze_excite_params(se)
+        return InvertedResidualParams(layers, self.use_res_connect, excite)
+
+    def run_fused(self, x):
+        return _run_sequence([self], x)
+
+
+def run_blocks(modules, x):
+    """Call modules one after another, neighbouring :class:`FusedInvertedResidual` blocks as one op.
+
+    So a block in algebraic mode has the statistics of its input from the block that wrote it.  A block that may not be
+    fused or that somebody may want to see (hooks, a replaced forward, compiled by itself) is called as it is; what it
+    gives, and whatever was done to it, has its statistics gathered anew.
+    """
+    run = []
+    for block in modules:
+        joins = _joins(block)
+        if run and not (joins and (block.backend, block.mode) == (run[0].backend, run[0].mode)):
+            x, run = _run_sequence(run, x), []
+        if joins:
+            run.append(block)
+        else:
+            x = block(x)
+    return _run_sequence(run, x) if run else x
+
+
+def _joins(block):
+    if type(block) is not FusedInvertedResidual or block._compiled_call_impl is not None:
+        return False
+    return not (fusable.untouched(block, "") or block.why_native())
+
+
+def _run_sequence(blocks, x):
+    params = [block.params() for block in blocks]
+    return functional.inverted_residual_sequence(x, params, backend=blocks[0].backend, mode=blocks[0].mode)
 
 
 def _parts(child):

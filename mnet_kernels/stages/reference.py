@@ -214,6 +214,11 @@ def normalize(y, bn, act, residual):
     return _store(out if residual is None else out + _acc(residual), y)
 
 
+def normalize_gram(y, bn, act, residual):
+    out = normalize(y, bn, act, residual)
+    return out, gram(out)
+
+
 def squeeze(y, bn, act):
     u = _normalized(y, bn)
     d = _act_grad(u, act)
