@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "maps.h"
 #include "stage_checks.h"
 
 namespace mnet {
@@ -56,7 +57,7 @@ inline DepthwiseBackwardCall prepare_depthwise_backward(
   p.y_act = static_cast<Activation>(y_act);
 
   const auto statistics = x.options().dtype(at::kFloat);
-  call.gx = needs_dx ? at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast))
+  call.gx = needs_dx ? empty_map(x.sizes(), x)
                      : at::empty({0}, x.options());
   const bool needs_sums = needs_dx && bn.has_value();
   call.sums = needs_sums ? at::empty({2, c}, statistics) : at::empty({0}, statistics);

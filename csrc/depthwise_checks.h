@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "common/params.h"
+#include "maps.h"
 
 namespace mnet {
 
@@ -92,7 +93,7 @@ inline DepthwiseCall prepare_depthwise(const at::Tensor& x, const at::Tensor& we
 
   DepthwiseCall call{};
   const int64_t out_h = (h - 1) / stride + 1, out_w = (w - 1) / stride + 1;
-  call.y = at::empty({n, c, out_h, out_w}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  call.y = empty_map({n, c, out_h, out_w}, x);
   const auto statistics = x.options().dtype(at::kFloat);
   call.moments = moments ? at::empty({2, c}, statistics) : at::empty({0}, statistics);
   call.dtype = dtype;

@@ -9,6 +9,7 @@
 
 #include "common/expand_params.h"
 #include "finalize_checks.h"
+#include "maps.h"
 #include "pointwise_checks.h"
 #include "stage_checks.h"
 
@@ -121,7 +122,7 @@ inline ExpandDepthwiseCall prepare_expand_depthwise(const at::Tensor& x, const a
   DepthwiseParams& p = call.params.depthwise;
   prepare_expanded(kOp, p, x, weight, e, act, stride);
   p.bn = check_table(kOp, "bn", bn, {5, e}, x);
-  call.y = at::empty({p.n, e, p.out_h, p.out_w}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  call.y = empty_map({p.n, e, p.out_h, p.out_w}, x);
   p.y = call.y.mutable_data_ptr();
   const auto floats = x.options().dtype(at::kFloat);
   call.moments = moments ? at::empty({2, e}, floats) : at::empty({0}, floats);

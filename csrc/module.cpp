@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/capability.h"
+#include "cpu/map_pool.h"
 #include "module_tiles.h"
 #if defined(MNET_WITH_CUDA)
 #include "cuda/toolkit.h"
@@ -45,11 +46,24 @@ static py::dict build_info() {
   return info;
 }
 
+static py::dict map_pool() {
+  const mnet::cpu::PoolUse use = mnet::cpu::pool_use();
+  py::dict info;
+  info["in_use"] = use.in_use;
+  info["kept"] = use.kept;
+  info["reserved"] = use.reserved;
+  return info;
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled stages of mnet_kernels.";
   m.def("build_info", &build_info,
         "What this extension was built with: torch, compiler, cuda (None without), arch_list (e.g. [800, 900]), openmp; "
         "and cpu_capability, the instruction set chosen on this machine.");
+  m.def("map_pool", &map_pool,
+        "Bytes of the maps that the CPU kernels wrote and that live (in_use), of memory kept for the next ones (kept), and "
+        "of address space (reserved; 0 where there is no pool).");
+  m.def("trim_map_pool", &mnet::cpu::pool_trim, "Returns what is kept to the system; returns how many bytes that was.");
   m.def("tiles", &mnet::tiles, "The rows of the CUDA kernels' tile table, overrides first; the first that fits is taken.");
   m.def("override_tiles", &mnet::override_tiles,
         "Replace the overrides by these rows (dicts as tiles() gives them).  Not while another thread calls a kernel.");

@@ -6,6 +6,7 @@
 
 #include <optional>
 
+#include "maps.h"
 #include "stage_checks.h"
 
 namespace mnet {
@@ -39,7 +40,7 @@ inline NormalizeCall prepare_normalize(const at::Tensor& y, const at::Tensor& bn
     check_map_like(op, "residual", *residual, y.sizes(), "y", y);
     call.params.operand = residual->const_data_ptr();
   }
-  call.result = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
+  call.result = empty_map(y.sizes(), y);
   call.params.output = call.result.mutable_data_ptr();
   return call;
 }

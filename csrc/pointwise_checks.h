@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "common/pointwise_params.h"
+#include "maps.h"
 #include "stage_checks.h"
 
 namespace mnet {
@@ -47,7 +48,7 @@ inline PointwiseCall prepare_pointwise(const at::Tensor& x, const at::Tensor& we
   PointwiseParams& p = call.params;
   p.bn = check_table(op, "bn", bn, {5, c}, x);
   p.gate = check_table(op, "gate", gate, {n, c}, x);
-  call.y = at::empty({n, e, h, w}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  call.y = empty_map({n, e, h, w}, x);
   const auto statistics = x.options().dtype(at::kFloat);
   call.moments = moments ? at::empty({2, e}, statistics) : at::empty({0}, statistics);
   p.x = x.const_data_ptr();
@@ -99,7 +100,7 @@ inline PointwiseBackwardCall prepare_pointwise_backward(
   p.bn = check_table(op, "bn", bn, {5, c}, x);
   p.gate = check_table(op, "gate", gate, {n, c}, x);
   const auto tables = x.options().dtype(at::kFloat);
-  call.gx = needs_dx ? at::empty({n, c, h, w}, x.options().memory_format(at::MemoryFormat::ChannelsLast))
+  call.gx = needs_dx ? empty_map({n, c, h, w}, x)
                      : at::empty({0}, x.options());
   const bool sums = needs_sums && bn.has_value();
   call.sums = !sums ? at::empty({0}, tables) : gate.has_value() ? at::empty({3, n, c}, tables) : at::empty({2, c}, tables);

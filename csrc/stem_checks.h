@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include "common/stem_params.h"
+#include "maps.h"
 #include "stage_checks.h"
 
 namespace mnet {
@@ -54,7 +55,7 @@ inline StemCall prepare_stem(const at::Tensor& x, const at::Tensor& weight, int6
               ", expected x's ", x.scalar_type(), "; cast it (weight.to(x.dtype))");
   TORCH_CHECK(weight.device() == x.device(), op, ": weight is on ", weight.device(), ", expected x's ", x.device());
   const int64_t e = weight.size(0);
-  call.y = at::empty({p.image.n, e, p.image.out_h, p.image.out_w}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  call.y = empty_map({p.image.n, e, p.image.out_h, p.image.out_w}, x);
   const auto statistics = x.options().dtype(at::kFloat);
   call.moments = moments ? at::empty({2, e}, statistics) : at::empty({0}, statistics);
   p.weight = weight.const_data_ptr();
@@ -90,7 +91,7 @@ inline StemBackwardCall prepare_stem_backward(const at::Tensor& grad, const at::
   check_map_like(op, "y", y, shape, "x", x);
   p.y_bn = check_table(op, "y_bn", y_bn, {5, e}, x);
   p.coef = check_table(op, "coef", coef, {4, e}, x);
-  call.dy = needs_dy ? at::empty(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast))
+  call.dy = needs_dy ? empty_map(shape, x)
                      : at::empty({0}, x.options());
   const auto tables = x.options().dtype(at::kFloat);
   call.dw = needs_dw ? at::empty({e, p.image.c, kStemKernel, kStemKernel}, tables) : at::empty({0}, tables);

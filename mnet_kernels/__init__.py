@@ -22,6 +22,7 @@ from .backends import BackendUnavailableError  # noqa: E402
 from .choice import backend, default_fused  # noqa: E402
 from .fold import fold  # noqa: E402
 from .info import build_info  # noqa: E402
+from .memory import cpu_memory, empty_cache  # noqa: E402
 from .models import (  # noqa: E402
     FusedMobileNetV1,
     FusedMobileNetV2,
@@ -47,7 +48,9 @@ __all__ = [
     "backend",
     "build_info",
     "count_stages",
+    "cpu_memory",
     "default_fused",
+    "empty_cache",
     "fold",
     "functional",
     "fused_mobilenet_v1",

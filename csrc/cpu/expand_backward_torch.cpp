@@ -55,7 +55,7 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_depthwise_backward(
   project.act = static_cast<Activation>(y3_act);
 
   const auto floats = x.options().dtype(at::kFloat);
-  at::Tensor dx = needs_dx ? at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast))
+  at::Tensor dx = needs_dx ? empty_map(x.sizes(), x)
                            : at::empty({0}, x.options());
   at::Tensor gramgrad = at::empty({e, c + 1}, floats);
   at::Tensor dw = needs_dw ? at::empty(weight.sizes(), floats) : at::empty({0}, floats);

@@ -61,7 +61,7 @@ static at::Tensor expand_mix(const at::Tensor& dx_partial, const at::Tensor& x, 
   params.shift = check_table(kOp, "shift", shift, {c}, x);
   params.mix = check_table(kOp, "mix", mix, {c + 1, c}, x);
   params.residual = residual.has_value() ? residual->const_data_ptr() : nullptr;
-  at::Tensor dx = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  at::Tensor dx = empty_map(x.sizes(), x);
   params.dx = dx.mutable_data_ptr();
   params.positions = x.size(0) * x.size(2) * x.size(3);
   params.c = static_cast<int32_t>(c);
