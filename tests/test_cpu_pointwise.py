@@ -284,7 +284,7 @@ def test_residual_beside_a_batch_norm_is_refused():
         CPU.pointwise_backward(*upstream(size, torch.float32, 0), x, weight, bn, 2, None, x, True, True, True)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512bf16"])
 def test_weaker_capabilities(capability):
     """The kernels that this machine would not choose: the comparisons above, in a process of its own."""
     environment = os.environ | {"MNET_CPU_CAPABILITY": capability}

@@ -3,7 +3,32 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(MNET_BUILD_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mnet::cpu {
+
+#if defined(MNET_BUILD_AMX)
+// The processor has it, the system saves its registers, and this process may use it (which it must ask for).
+static bool may_use_amx() {
+#if defined(MNET_AMX_EMULATED)
+  return true;
+#else
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kOsXsave = 1u << 27;
+  constexpr unsigned kTileState = 3u << 17;  // configuration and data, of XCR0
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kOsXsave) == 0) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+}
+#endif
 
 Capability supported_capability() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -11,7 +36,12 @@ Capability supported_capability() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Capability::kAvx512Bf16;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(MNET_BUILD_AMX)
+  static const bool amx = may_use_amx();
+  if (bf16 && amx) return Capability::kAmx;
+#endif
+  if (bf16) return Capability::kAvx512Bf16;
   return avx512 ? Capability::kAvx512 : avx2 ? Capability::kAvx2 : Capability::kDefault;
 #else
   return Capability::kDefault;
@@ -26,6 +56,7 @@ static Capability decide() {
   if (std::strcmp(wish, "default") == 0) wanted = Capability::kDefault;
   if (std::strcmp(wish, "avx2") == 0) wanted = Capability::kAvx2;
   if (std::strcmp(wish, "avx512") == 0) wanted = Capability::kAvx512;
+  if (std::strcmp(wish, "avx512bf16") == 0) wanted = Capability::kAvx512Bf16;
   return wanted < best ? wanted : best;
 }
 
@@ -36,6 +67,8 @@ Capability capability() {
 
 const char* capability_name(Capability capability) {
   switch (capability) {
+    case Capability::kAmx:
+      return "AMX";
     case Capability::kAvx512Bf16:
       return "AVX512BF16";
     case Capability::kAvx512:

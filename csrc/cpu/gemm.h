@@ -3,7 +3,7 @@
 // The products of a 1x1 convolution are narrow (16 to 1280 channels) and sit between element-wise work, so that a
 // library's call per tile costs more than it gives.  One operand is packed in panels of kPanel columns, [ceil(N/kPanel)]
 // [K][kPanel], zero padded; a panel's kDepth rows fit in half the first-level cache.  The result is one panel, [M]
-// [kPanel]: the epilogue reads it from the first-level cache.  A block of kRowBlock x kPanel results lives in registers.
+// [kPanel]: the epilogue reads it from the first-level cache.  Whose registers multiply is in gemm_vector.h and gemm_amx.h.
 //
 // Operands are made of words of the size of a float: a float or, where the processor multiplies them in pairs, two
 // bfloat16 values that follow each other along the depth (the first in the lower half; an odd depth ends with a zero;
@@ -20,25 +20,22 @@ namespace mnet::cpu::MNET_CPU_NAMESPACE {
 constexpr int kPanel = 2 * kLanes;
 constexpr int kDepth = 4096 / kPanel;
 constexpr int kShortDepth = 64;  // values, whatever a word holds
-#if MNET_CPU_LANES == 16
-constexpr int kRowBlock = 14;  // 28 of 32 registers
-#elif defined(MNET_CPU_F16C) || defined(__aarch64__)
-constexpr int kRowBlock = 6;  // 12 of 16 registers (24 of 32 half as wide)
-#else
-constexpr int kRowBlock = 2;  // 8 of 16 registers half as wide
-#endif
 static_assert(kDepth * kPanel * sizeof(float) <= 16 * 1024, "half of a first-level cache of 32 KiB");
 
 #if defined(MNET_CPU_BF16)
 constexpr int kPerWord = 2;
-MNET_HD Vec multiply_add(Vec sum, float word, Vec row) {
-  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)row, (__m512bh)_mm512_set1_ps(word));
-}
 #else
 constexpr int kPerWord = 1;
-MNET_HD Vec multiply_add(Vec sum, float word, Vec row) { return sum + word * row; }
 #endif
-constexpr int words(int depth) { return (depth + kPerWord - 1) / kPerWord; }
+#if defined(MNET_CPU_AMX)
+constexpr int kWordBlock = 16;  // depths are padded with zeros to whole tiles
+#else
+constexpr int kWordBlock = 1;
+#endif
+constexpr int words(int depth) {
+  constexpr int kBlock = kPerWord * kWordBlock;
+  return (depth + kBlock - 1) / kBlock * kWordBlock;
+}
 
 MNET_HD Vec load_vec(const float* from) { return load_lanes<false, float, Vec>(from, kLanes); }
 MNET_HD void store_vec(float* to, Vec v) { copy_lanes<false, float>(to, &v, kLanes); }
@@ -71,85 +68,6 @@ class Ahead {
   int64_t lines_ = 0;
 };
 
-// C[kRows, kPanel] (+)= A[kRows, depth] B[depth, kPanel], the first kVecs vectors of the panel.  kTransposed: A is
-// stored [depth, kRows]; `lda` is the distance of A's stored rows.  depth is at least 1.
-template <int kRows, int kVecs, bool kTransposed>
-MNET_HD void multiply_block(const float* a, int64_t lda, const float* b, int depth, float* c, bool accumulate) {
-  Vec sum[kRows][kVecs];
-  MNET_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    MNET_UNROLL
-    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec{};
-  }
-  const float* const end = b + int64_t{depth} * kPanel;
-  do {  // not `for`: a loop that may not run at all makes the compiler keep a second copy of the sums in memory
-    Vec row[kVecs];
-    MNET_UNROLL
-    for (int v = 0; v < kVecs; ++v) row[v] = load_vec(b + v * kLanes);
-    MNET_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const float factor = kTransposed ? a[r] : a[r * lda];
-      MNET_UNROLL
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = multiply_add(sum[r][v], factor, row[v]);
-    }
-    a += kTransposed ? lda : 1;
-    b += kPanel;
-  } while (b != end);
-  if (accumulate) {  // only now: the sum of a short run loses less than one sum over everything
-    MNET_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      MNET_UNROLL
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = sum[r][v] + load_vec(c + r * kPanel + v * kLanes);
-    }
-  }
-  MNET_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    MNET_UNROLL
-    for (int v = 0; v < kVecs; ++v) store_vec(c + r * kPanel + v * kLanes, sum[r][v]);
-  }
-}
-
-// The same for any number of rows: as many blocks of kRows as fit, the rest in smaller ones.
-template <int kRows, int kVecs, bool kTransposed>
-void multiply_rows(const float* a, int64_t lda, const float* b, int depth, int rows, float* c, bool accumulate,
-                   Ahead& ahead) {
-  const int64_t step = kRows * (kTransposed ? 1 : lda);
-  for (; rows >= kRows; rows -= kRows) {
-    ahead.step();
-    multiply_block<kRows, kVecs, kTransposed>(a, lda, b, depth, c, accumulate);
-    a += step;
-    c += kRows * kPanel;
-  }
-  if constexpr (kRows > 1) {
-    constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows / 2;
-    if (rows > 0) multiply_rows<kFewer, kVecs, kTransposed>(a, lda, b, depth, rows, c, accumulate, ahead);
-  }
-}
-
-// C[rows, kPanel] (+)= A B for one panel with `columns` columns in use.  A half-used panel takes twice the rows at once.
-template <bool kTransposed>
-void multiply_panel(const float* a, int64_t lda, const float* b, int depth, int rows, int columns, float* c,
-                    bool accumulate, Ahead& ahead) {
-  const auto multiply = columns > kLanes ? multiply_rows<kRowBlock, 2, kTransposed>
-                                         : multiply_rows<2 * kRowBlock, 1, kTransposed>;
-  // One float32 sum over many positions would lose more than a library's, which sums by blocks.
-  const int step = kTransposed ? kShortDepth / kPerWord : depth;
-  for (int k = 0; k < depth; k += step) {
-    const int64_t skipped = k;
-    multiply(a + skipped * (kTransposed ? lda : 1), lda, b + skipped * kPanel, least(step, depth - k), rows, c,
-             accumulate || k > 0, ahead);
-  }
-}
-
-// A product over a long depth, in steps that keep B's part of the panel in the first-level cache.
-inline void multiply_deep(const float* a, int64_t lda, const float* b, int depth, int rows, int columns, float* c,
-                          Ahead& ahead) {
-  for (int k = 0; k < depth; k += kDepth) {
-    multiply_panel<false>(a + k, lda, b + int64_t{k} * kPanel, least(kDepth, depth - k), rows, columns, c, k > 0,
-                          ahead);
-  }
-}
-
 // The word of a column of B that holds rows k, k + 1, ... of `depth`; `at` is the element of row k.
 template <typename Storage>
 MNET_HD float packed_word(const void* from, int64_t at, int64_t stride_k, bool last) {
@@ -174,17 +92,18 @@ void pack_panel(const void* from, int64_t stride_k, int64_t stride_n, int depth,
     const int64_t at = int64_t{k} * kPerWord * stride_k + (first + j) * stride_n;
     to[int64_t{k} * kPanel + j] = packed_word<Storage>(from, at, stride_k, k * kPerWord + 1 == depth);
   };
+  const int whole = (depth + kPerWord - 1) / kPerWord;
   for (int k = 0; k < words(depth); ++k) {
-    for (int j = used; j < kPanel; ++j) to[int64_t{k} * kPanel + j] = 0.f;
+    for (int j = k < whole ? used : 0; j < kPanel; ++j) to[int64_t{k} * kPanel + j] = 0.f;
   }
   if (stride_n == 1) {
-    for (int k = 0; k < words(depth); ++k) {
+    for (int k = 0; k < whole; ++k) {
       for (int j = 0; j < used; ++j) put(k, j);
     }
     return;
   }
   for (int j = 0; j < used; ++j) {
-    for (int k = 0; k < words(depth); ++k) put(k, j);
+    for (int k = 0; k < whole; ++k) put(k, j);
   }
 }
 
@@ -212,25 +131,17 @@ MNET_HD void store_deep(float* panel, int row, Vec v) {
 #endif
 }
 
-// The left operand of a product along the rows: words of rows 2i and 2i + 1 of a tile, [words(rows)][stride * kPerWord].
-// Where a word is one value that is the tile itself, and `to` is not used.
-inline const float* rows_as_depth(const float* tile, int64_t stride, int rows, int channels, float* to) {
-#if defined(MNET_CPU_BF16)
-  for (int row = 0; row < rows; row += 2) {
-    const auto* upper = reinterpret_cast<const Packed*>(tile + row * stride);
-    const auto* lower = reinterpret_cast<const Packed*>(tile + (row + 1) * stride);
-    for (int c = 0; c < channels; c += kLanes) {
-      Packed a, b{};
-      std::memcpy(&a, upper + c / kLanes, sizeof a);
-      if (row + 1 < rows) std::memcpy(&b, lower + c / kLanes, sizeof b);
-      store_vec(to + row * stride + c, float_of(widen(a) | widen(b) << 16));
-    }
+// Zeros in the words of a right operand beyond its rows (store_deep has written all of a last, incomplete word).
+MNET_HD void clear_deep(float* panel, int rows) {
+  for (int word = (rows + kPerWord - 1) / kPerWord; word < words(rows); ++word) {
+    for (int i = 0; i < kPanel; ++i) panel[word * kPanel + i] = 0.f;
   }
-  return to;
-#else
-  (void)stride, (void)rows, (void)channels, (void)to;
-  return tile;
-#endif
 }
 
 }  // namespace mnet::cpu::MNET_CPU_NAMESPACE
+
+#if defined(MNET_CPU_AMX)
+#include "gemm_amx.h"
+#else
+#include "gemm_vector.h"
+#endif

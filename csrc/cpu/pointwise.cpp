@@ -14,6 +14,8 @@ namespace {
 constexpr int kTileRows = 84;
 constexpr int kShortTileRows = 42;
 constexpr int kLongDepth = 512;
+constexpr int kAmxTileRows = 96;  // of blocks of 32
+constexpr int kAmxRows = 16;      // of a register, to which the depth is padded
 
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kWishedUnits = 16;             // below, the columns are split as well
@@ -22,12 +24,18 @@ constexpr int64_t kPartialFloats = 2 << 20;      // all parts of a weight gradie
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+bool on_amx(Capability capability, Dtype dtype) {
+  return capability >= Capability::kAmx && dtype == Dtype::kBFloat16;
+}
+
 PointwisePlan make_plan(int64_t positions, int depth, int columns, int64_t tiles_per_chunk, int64_t max_chunks,
-                        Capability capability) {
+                        Dtype dtype, Capability capability) {
+  const bool amx = on_amx(capability, dtype);
   PointwisePlan plan{};
   plan.positions = positions;
-  plan.tile_rows = depth > kLongDepth ? kShortTileRows : kTileRows;
+  plan.tile_rows = amx ? kAmxTileRows : depth > kLongDepth ? kShortTileRows : kTileRows;
   plan.depth = depth;
+  plan.packed_depth = amx ? static_cast<int>(divide_up(depth, kAmxRows)) * kAmxRows : depth;
   plan.columns = columns;
   plan.panel = capability >= Capability::kAvx512 ? 32 : 16;
   plan.panels = static_cast<int>(divide_up(columns, plan.panel));
@@ -59,6 +67,11 @@ struct Kernels {
 };
 
 Kernels kernels(Capability capability, Dtype dtype) {
+#if defined(MNET_BUILD_AMX)
+  if (on_amx(capability, dtype)) {
+    return {amx::pointwise_pack_panel, amx::pointwise_unit, amx::pointwise_backward_unit};
+  }
+#endif
 #if defined(__x86_64__)
   if (capability >= Capability::kAvx512Bf16 && dtype == Dtype::kBFloat16) {
     return {avx512bf16::pointwise_pack_panel, avx512bf16::pointwise_unit, avx512bf16::pointwise_backward_unit};
@@ -76,14 +89,14 @@ Kernels kernels(Capability capability, Dtype dtype) {
 
 }  // namespace
 
-PointwisePlan plan_pointwise(const PointwiseParams& p, Capability capability) {
-  return make_plan(p.positions(), p.c, p.e, 2, kMaxChunks, capability);
+PointwisePlan plan_pointwise(const PointwiseParams& p, Dtype dtype, Capability capability) {
+  return make_plan(p.positions(), p.c, p.e, 2, kMaxChunks, dtype, capability);
 }
 
-PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& p, Capability capability) {
+PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& p, Dtype dtype, Capability capability) {
   const int64_t size = int64_t{p.c} * p.e;
   const int64_t max_chunks = p.dw == nullptr ? kMaxChunks : std::clamp<int64_t>(kPartialFloats / size, 4, kMaxChunks);
-  PointwisePlan plan = make_plan(p.positions(), p.e, p.c, 4, max_chunks, capability);
+  PointwisePlan plan = make_plan(p.positions(), p.e, p.c, 4, max_chunks, dtype, capability);
   // A chunk ends within an image, which then has a slot in both.
   if (p.gate != nullptr) plan.slots = plan.chunks + p.images;
   return plan;
@@ -94,7 +107,7 @@ void pointwise_pack(const PointwiseParams& p, Dtype dtype, const PointwisePlan& 
   const auto pack = kernels(capability, dtype).pack_panel;
   for (int64_t i = begin; i < end; ++i) {
     pack(p.weight, dtype, p.weight_stride_c, p.weight_stride_e, plan.depth, static_cast<int>(i) * plan.panel,
-         plan.columns, packed + i * plan.panel * plan.depth);
+         plan.columns, packed + i * plan.panel * plan.packed_depth);
   }
 }
 
@@ -103,7 +116,7 @@ void pointwise_backward_pack(const PointwiseBackwardParams& p, Dtype dtype, cons
   const auto pack = kernels(capability, dtype).pack_panel;
   for (int64_t i = begin; i < end; ++i) {
     pack(p.weight, dtype, p.weight_stride_e, p.weight_stride_c, plan.depth, static_cast<int>(i) * plan.panel,
-         plan.columns, packed + i * plan.panel * plan.depth);
+         plan.columns, packed + i * plan.panel * plan.packed_depth);
   }
 }
 
@@ -167,7 +180,7 @@ void pointwise_backward_combine(const PointwiseBackwardParams& p, const Pointwis
     const int64_t column = panel * plan.panel;
     const int used = static_cast<int>(std::min<int64_t>(plan.panel, plan.columns - column));
     for (int e = 0; e < plan.depth; ++e) {
-      const float* from = partials + (panel * plan.depth + e) * plan.panel;
+      const float* from = partials + (panel * plan.packed_depth + e) * plan.panel;
       float* to = p.dw + int64_t{e} * plan.columns + column;
       float total[32] = {};
       for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {

@@ -1,8 +1,8 @@
 // 1x1 convolution and its backward on the CPU, free of torch: a plan, units of work that run in any order, and their
 // combination.
 //
-// A unit is a run of positions (a chunk) of a block of the output's column panels.  The plan depends on the shape and
-// the panel's width alone, never on the number of threads, and the units' sums are combined in the order of the chunks:
+// A unit is a run of positions (a chunk) of a block of the output's column panels.  The plan depends on the shape, the
+// dtype and the capability alone, never on the number of threads, and the units' sums are combined in the order of the chunks:
 // the result is the same, bit for bit, however the units are spread over threads.
 #pragma once
 
@@ -20,6 +20,7 @@ struct PointwisePlan {
   int64_t chunks;
   int tile_rows;         // positions that a unit works on at a time
   int depth;
+  int packed_depth;      // rows of a panel of the packed weight and of the weight gradient
   int columns;
   int panel;             // columns of a panel
   int panels;
@@ -29,13 +30,13 @@ struct PointwisePlan {
 
   int64_t units() const { return chunks * blocks; }
   int padded_columns() const { return panels * panel; }
-  int64_t packed_size() const { return int64_t{panels} * panel * depth; }  // floats of the packed weight
+  int64_t packed_size() const { return int64_t{panels} * panel * packed_depth; }  // floats of the packed weight
   int64_t sums_size() const { return slots * 3 * padded_columns(); }       // doubles
   int64_t partials_size() const { return chunks * packed_size(); }         // floats of the weight gradient's parts
 };
 
-PointwisePlan plan_pointwise(const PointwiseParams& params, Capability capability);
-PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& params, Capability capability);
+PointwisePlan plan_pointwise(const PointwiseParams& params, Dtype dtype, Capability capability);
+PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& params, Dtype dtype, Capability capability);
 
 // Memory the caller provides; what a call does not need may be nullptr.
 struct PointwiseWorkspace {
@@ -83,6 +84,7 @@ struct PointwiseUnit {
 MNET_POINTWISE_KERNELS(baseline)
 MNET_POINTWISE_KERNELS(avx2)
 MNET_POINTWISE_KERNELS(avx512)
-MNET_POINTWISE_KERNELS(avx512bf16)  // of bfloat16 alone
+MNET_POINTWISE_KERNELS(avx512bf16)  // of bfloat16 alone, as
+MNET_POINTWISE_KERNELS(amx)
 
 }  // namespace mnet::cpu

@@ -127,9 +127,11 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
                             const PointwiseWorkspace& workspace) {
   using Lane = typename Storage::Lane;
   const int64_t stride = tile_stride(words(p.e)), padded = plan.padded_columns();
-  Arena arena(plan.tile_rows * (kPerWord * stride + 2 * kPanel) + 5 * tile_stride(p.e) + 3 * (padded + 16));
+  Arena arena(plan.tile_rows * (stride + 2 * kPanel) + turned_floats(plan.tile_rows, stride, p.e) + 5 * tile_stride(p.e) +
+              3 * (padded + 16));
   float* tile = arena.take(plan.tile_rows * stride);
-  float* turned = kPerWord == 1 ? nullptr : arena.take(plan.tile_rows * stride);
+  clear_padding(tile, plan.tile_rows, stride);
+  float* turned = arena.take(turned_floats(plan.tile_rows, stride, p.e));
   float* product = arena.take(plan.tile_rows * kPanel);
   float* activated = arena.take(plan.tile_rows * kPanel);
   const auto upstream_table = [&](const float* table, int row) { return arena.copy(table + int64_t{row} * p.e, p.e); };
@@ -153,6 +155,7 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
     for (int i = 0; i < plan.tile_rows * kPanel; ++i) product[i] = 0.f;
   }
 
+  const TileConfiguration tiles;
   for (int64_t row = unit.row_begin; row < unit.row_end; row += plan.tile_rows) {
     const int rows = static_cast<int>(least<int64_t>(plan.tile_rows, unit.row_end - row));
     with_activation(p.y_act, [&](auto act) {
@@ -179,11 +182,12 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
       const int blocks = (needs_product ? rows / kRowBlock + 1 : 0) + (partial_dw != nullptr ? p.e / kRowBlock + 1 : 0);
       ahead.spread(int64_t{unit.panel_end - unit.panel_begin} * blocks);
     }
-    const float* deep = partial_dw == nullptr ? nullptr : rows_as_depth(tile, stride, rows, p.e, turned);
+    const float* deep = partial_dw == nullptr ? nullptr : rows_as_depth(tile, stride, plan.tile_rows, rows, p.e, turned);
+    clear_deep(activated, rows);
     for (int panel = unit.panel_begin; panel < unit.panel_end; ++panel) {
       const int column = panel * kPanel, used = least(kPanel, p.c - column);
       if (needs_product) {
-        multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.e, words(p.e), rows, used, product,
+        multiply_deep(tile, stride, workspace.packed + int64_t{column} * plan.packed_depth, words(p.e), rows, used, product,
                       ahead);
       }
       with_activation(p.act, [&](auto act) {
@@ -208,8 +212,8 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
         });
       });
       if (partial_dw != nullptr) {
-        multiply_panel<true>(deep, stride * kPerWord, activated, words(rows), p.e, used,
-                             partial_dw + int64_t{column} * p.e, row > unit.row_begin, ahead);
+        multiply_along_rows(deep, stride, plan.tile_rows, activated, rows, p.e, used,
+                            partial_dw + int64_t{column} * plan.packed_depth, row > unit.row_begin, ahead);
       }
     }
   }

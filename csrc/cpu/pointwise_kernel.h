@@ -32,6 +32,7 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
   const int64_t stride = tile_stride(words(p.c));
   Arena arena(plan.tile_rows * (stride + kPanel) + 2 * tile_stride(p.c));
   float* tile = arena.take(plan.tile_rows * stride);
+  clear_padding(tile, plan.tile_rows, stride);
   float* result = arena.take(plan.tile_rows * kPanel);
   const float* scale = p.bn == nullptr ? nullptr : arena.copy(p.bn, p.c);
   const float* shift = p.bn == nullptr ? nullptr : arena.copy(p.bn + p.c, p.c);
@@ -40,6 +41,7 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
     for (int i = unit.panel_begin * kPanel; i < unit.panel_end * kPanel; ++i) mean[i] = mean[plan.padded_columns() + i] = 0.0;
   }
 
+  const TileConfiguration tiles;
   for (int64_t row = unit.row_begin; row < unit.row_end; row += plan.tile_rows) {
     const int rows = static_cast<int>(least<int64_t>(plan.tile_rows, unit.row_end - row));
     activate_tile<Storage>(static_cast<const Lane*>(p.x), row, rows, p.c, scale, shift, p.act, p.gate,
@@ -53,7 +55,7 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
     }
     for (int panel = unit.panel_begin; panel < unit.panel_end; ++panel) {
       const int column = panel * kPanel, used = least(kPanel, p.e - column);
-      multiply_deep(tile, stride, workspace.packed + int64_t{column} * p.c, words(p.c), rows, used, result,
+      multiply_deep(tile, stride, workspace.packed + int64_t{column} * plan.packed_depth, words(p.c), rows, used, result,
                     ahead);
       store_panel<Storage>(result, rows, used, static_cast<Lane*>(p.y) + row * p.e + column, p.e,
                            mean == nullptr ? nullptr : mean + column, plan.padded_columns(), row - unit.row_begin);

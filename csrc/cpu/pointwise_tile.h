@@ -18,6 +18,13 @@ struct alignas(64) CacheLine {
 // Distance of a tile's rows in floats: an odd number of cache lines, so that a column's rows fall into different sets.
 MNET_HD int64_t tile_stride(int channels) { return 16 * (int64_t{channels + 15} / 16 | 1); }
 
+// Zeros where rows of words(channels) have padding, for products over whole blocks of words.
+MNET_HD void clear_padding(float* tile, int rows, int64_t stride) {
+  if constexpr (kWordBlock > 1) {
+    for (int64_t i = 0; i < rows * stride; ++i) tile[i] = 0.f;
+  }
+}
+
 // Hands out pieces of a Scratch, each on its own cache lines.
 class Arena {
  public:

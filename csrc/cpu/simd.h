@@ -1,8 +1,8 @@
 // A vector of kLanes floats and its conversions to and from the storage dtypes.
 //
 // Included once by each capability's translation unit, which sets MNET_CPU_NAMESPACE, MNET_CPU_LANES, MNET_CPU_F16C where
-// the processor converts half precision itself and MNET_CPU_BF16 where it multiplies bfloat16, and switches the target on
-// before the first function here.
+// the processor converts half precision itself, MNET_CPU_BF16 where it multiplies bfloat16 and MNET_CPU_AMX where in tiles,
+// and switches the target on before the first function here.
 // The vectors are the compiler's own (GCC and clang): arithmetic, comparisons and ?: are written as for floats.
 //
 // Nothing here or in a kernel may call a function template of the standard library on a type that another translation

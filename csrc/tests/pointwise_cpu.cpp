@@ -13,7 +13,7 @@ static bool check(const test::PointwiseCase& shape, Dtype dtype, cpu::Capability
   const test::PointwiseSlack slack{capability == cpu::Capability::kDefault ? 2.0 : 1.0, 0.0};
 
   const PointwiseParams p = problem.forward();
-  const cpu::PointwisePlan plan = cpu::plan_pointwise(p, capability);
+  const cpu::PointwisePlan plan = cpu::plan_pointwise(p, dtype, capability);
   std::vector<float> packed(plan.packed_size());
   std::vector<double> workspace(plan.sums_size());
   cpu::pointwise_pack(p, dtype, plan, 0, plan.panels, packed.data(), capability);
@@ -24,7 +24,7 @@ static bool check(const test::PointwiseCase& shape, Dtype dtype, cpu::Capability
   if (!problem.check_forward(cpu::capability_name(capability), slack)) return false;
 
   const PointwiseBackwardParams b = problem.backward();
-  const cpu::PointwisePlan back = cpu::plan_pointwise_backward(b, capability);
+  const cpu::PointwisePlan back = cpu::plan_pointwise_backward(b, dtype, capability);
   std::vector<float> packed_back(back.packed_size()), partials(back.partials_size());
   std::vector<double> table(back.sums_size());
   cpu::pointwise_backward_pack(b, dtype, back, 0, back.panels, packed_back.data(), capability);
