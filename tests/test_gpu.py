@@ -24,7 +24,7 @@ ON_CARD = (pytest.mark.gpu, NO_CARD)
 HOME = {name: devices[0] for name, devices in backends.DEVICES.items()}  # backend -> the device type it is meant for
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_CARD)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DRAWS = 7
+DRAWS = 14
 
 # channels not a multiple of 8, one image, one position, several tiles and channel blocks of a kernel
 SIZES = {
@@ -85,11 +85,17 @@ def call(namespace, stage, args):
     return results(getattr(getattr(torch.ops, namespace), stage).default, args)
 
 
+def draws(stage, size, dtype):
+    """How many: more where a few values, or a few masks that rounding of recomputed pre-activations turns, decide."""
+    turns_masks = stage == "expand_depthwise_backward" and dtype != torch.float32
+    return 3 * DRAWS if turns_masks or size == SIZES["single"] else DRAWS
+
+
 def judge_stage(backend, stage, size, dtype):
     """The pass rule for every result of a stage, over its optional arguments."""
     device = HOME[backend]
     verdict = Judge(dtype)
-    for _ in range(DRAWS):
+    for _ in range(draws(stage, size, dtype)):
         for i, args in enumerate(sample(dtype=dtype, **size)[stage]):
             want = call("mnet_ref", stage, converted(args, device, torch.float64))
             torchs = results(getattr(torch_stages, stage), converted(args, device))
