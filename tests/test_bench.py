@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from bench_runs import CPU, QUICK, SETTING, SMALL, samples, small_block
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mnet_kernels
 from mnet_kernels import backends, choice, stages
@@ -312,6 +313,31 @@ def test_a_convolution_that_is_not_cudnns_is_refused():
     assert "torch gives these convolutions to others than cuDNN" in one.error["forward"]
     with pytest.raises(BenchError, match="needs a CUDA card"):
         providers.parse(["cudnn"], CPU)
+
+
+def test_depthwise_of_stride_2_in_float32():
+    """Only those, only under autocast; without it they are what they were."""
+    block = next(b for b in shapes.blocks(["v2"], 0.25, 32) if "dw3s2" in b.name)
+    found, amp = [], SETTING._replace(amp="bf16")
+    x = torch.randn(SETTING.batch, *block.shape)
+    for setting, expected in ((SETTING, {torch.float32}), (amp, {torch.float32, torch.bfloat16})):
+        found.clear()
+        eager, strided = (providers.fit(block.module, providers.NATIVE[n], CPU) for n in ("eager", "eager-strided-f32"))
+
+        class Seen(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func is torch.ops.aten.convolution.default:
+                    found.append((args[8] > 1, args[0].dtype))
+                return func(*args, **(kwargs or {}))
+
+        with setting.autocast(), torch.no_grad():
+            want = eager(x)
+            with Seen():
+                got = strided(x)
+        assert {dtype for _, dtype in found} == expected
+        assert {dtype for depthwise, dtype in found if depthwise} == {torch.float32}
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 if setting is amp else 0)
 
 
 # ---- the table of modes ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Who runs a subject: plain torch in the ways it is used, and the fused backends that are whole."""
 
 import copy
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,15 @@ from . import BenchError
 
 
 class Provider(NamedTuple):
-    """One way of running: a backend and mode (``auto``: as users get it), a memory layout, and torch.compile's mode or
-    None for eager."""
+    """One way of running: a backend and mode (``auto``: as users get it), a memory layout, torch.compile's mode or None
+    for eager, and whether autocast is off for depthwise convolutions of stride 2."""
 
     name: str
     backend: str = "native"
     mode: str | None = None
     channels_last: bool = True
     compile: str | None = None
+    float32_strided: bool = False
 
 
 BASELINE = "eager"
@@ -34,6 +36,9 @@ NATIVE = {
         Provider("compile", compile="default"),
         # Graphs are captured around whole steps, alike for every provider: not by torch.compile itself.
         Provider("max-autotune", compile="max-autotune-no-cudagraphs"),
+        # For mixed precision on CPUs, where these convolutions take several times as long in bfloat16 as in float32.
+        Provider("eager-strided-f32", float32_strided=True),
+        Provider("compile-strided-f32", compile="default", float32_strided=True),
         # eager, but refused where torch gives a convolution to another library than cuDNN
         Provider("cudnn"),
     )
@@ -105,6 +110,20 @@ def plain(module):
     return module
 
 
+def strided_in_float32(module):
+    """Make the depthwise convolutions of stride 2 compute in float32 under autocast; what they return is cast back."""
+    for m in module.modules():
+        if isinstance(m, torch.nn.Conv2d) and m.groups > 1 and m.stride[0] > 1:
+            m.forward = functools.partial(_in_float32, m)
+    return module
+
+
+def _in_float32(conv, x):
+    with torch.autocast(x.device.type, enabled=False):
+        out = torch.nn.Conv2d.forward(conv, x.float())
+    return out.to(x.dtype)
+
+
 def fit(module, provider, device):
     """A copy of ``module`` on a device, run by a provider (not yet compiled: that happens at its first call)."""
     module = copy.deepcopy(module).to(device)
@@ -112,6 +131,8 @@ def fit(module, provider, device):
         module = module.to(memory_format=torch.channels_last)
     if provider.backend == "native":
         plain(module)
+        if provider.float32_strided:
+            strided_in_float32(module)
     else:
         for m in module.modules():
             if isinstance(m, FusedModule):
