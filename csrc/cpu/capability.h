@@ -15,7 +15,8 @@ constexpr int kNumCapabilities = 5;
 // The best this processor can run.
 Capability supported_capability();
 
-// The one in use: the best, or less when MNET_CPU_CAPABILITY is "default", "avx2", "avx512", "avx512bf16" or "amx".
+// The one in use: the fastest, or the one that MNET_CPU_CAPABILITY names ("default", "avx2", "avx512", "avx512bf16" or
+// "amx") as far as the processor goes.
 Capability capability();
 
 // "DEFAULT", "AVX2" or "AVX512", the words torch.backends.cpu.get_cpu_capability() uses; or "AVX512BF16" or "AMX".

@@ -267,8 +267,9 @@ class ExpandBackward {
       map(p_.project.y, p_.project.c);
       if (plan_.blocks == 1) map(d_.y, d_.c);
     }
-    const int blocks = dy_positions / kRowBlock + positions / kRowBlock * (1 + plan_.dx_panels) + p_.expand.c / kRowBlock + 1;
-    ahead.spread(int64_t{panels_} * blocks);
+    const int64_t blocks = deep_blocks(dy_positions, p_.project.c) + deep_blocks(positions, p_.expand.c) +
+                           row_blocks(positions) * plan_.dx_panels + along_blocks(p_.expand.c, positions);
+    ahead.spread(panels_ * blocks);
     return ahead;
   }
 

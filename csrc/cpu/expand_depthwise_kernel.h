@@ -141,7 +141,7 @@ class ExpandDepthwise {
       ahead.add(static_cast<const Lane*>(p_.y) + next * p_.out_w * p_.c,
                 int64_t{rows_of_strip(next)} * p_.out_w * p_.c * static_cast<int64_t>(sizeof(Lane)));
     }
-    ahead.spread(int64_t{panels_} * (positions / kRowBlock + 1));
+    ahead.spread(panels_ * deep_blocks(positions, c_));
     return ahead;
   }
 

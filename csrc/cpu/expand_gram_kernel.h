@@ -106,7 +106,7 @@ void run_gram(const GramParams& p, const GramPlan& plan, int64_t chunk, double* 
     Ahead ahead;
     if (const int64_t next = row + rows; next < row_end) {
       ahead.add(x + int64_t{rows} * p.c, least<int64_t>(kTile, row_end - next) * p.c * sizeof(Lane));
-      ahead.spread(plan.blocks() * (kPanel / kRowBlock + 1));
+      ahead.spread(plan.blocks() * along_blocks(kPanel, rows));
     }
     const auto panel = [&](int i) { return tile + int64_t{i} * kTile * kPanel; };
     int current = -1;

@@ -1,6 +1,6 @@
 // The last pass of algebraic mode's backward, in one capability (see simd.h for how it is included).
 //
-// Memory plan.  A tile of 84 positions of x - shift (84 x 160 x 4 bytes = 54 KiB at 160 channels) passes by M, packed in
+// Memory plan.  A tile of 84 positions of x - shift (84 x 160 x 4 bytes = 53 KiB at 160 channels) passes by M, packed in
 // panels that stay in the first-level cache; a panel of results is finished, rounded and stored while it is there.
 #pragma once
 
@@ -38,7 +38,7 @@ void run_mix(const ExpandMixParams& p, int64_t chunk, const float* packed) {
       ahead.add(partial_dx + next * p.c, bytes);
       if (residual != nullptr) ahead.add(residual + next * p.c, bytes);
       ahead.add(dx + next * p.c, bytes);
-      ahead.spread((p.c + kPanel - 1) / kPanel * (rows / kRowBlock + 1));
+      ahead.spread((p.c + kPanel - 1) / kPanel * deep_blocks(rows, p.c));
     }
     for (int column = 0; column < p.c; column += kPanel) {
       const int used = least(kPanel, p.c - column);

@@ -40,29 +40,52 @@ constexpr int words(int depth) {
 MNET_HD Vec load_vec(const float* from) { return load_lanes<false, float, Vec>(from, kLanes); }
 MNET_HD void store_vec(float* to, Vec v) { copy_lanes<false, float>(to, &v, kLanes); }
 
-// Memory that the next tile reads or writes, touched line by line between the blocks of this tile's products: they leave
-// the memory idle, and the element-wise work in between has too little arithmetic to hide it.
+// Memory that the next tile reads or writes, touched line by line during this tile's products: they leave the memory
+// idle, and the element-wise work in between has too little arithmetic to hide it.
 class Ahead {
  public:
   void add(const void* from, int64_t bytes) {
     ranges_[count_++] = {static_cast<const char*>(from), static_cast<const char*>(from) + bytes};
-    lines_ += bytes / kLine;
+    lines_ += (bytes + kLine - 1) / kLine;
   }
+  // The products come in so many blocks.
   void spread(int64_t blocks) { lines_each_ = static_cast<int>((lines_ + blocks - 1) / blocks); }
+  // One block's lines at once.
   MNET_HD void step() {
-    for (int i = 0; i < lines_each_ && current_ < count_; ++i) {
-      Range& range = ranges_[current_];
-      __builtin_prefetch(range.at, 0, 2);
-      range.at += kLine;
-      current_ += range.at >= range.end;
+    for (int i = 0; i < lines_each_ && current_ < count_; ++i) touch();
+  }
+  // One block's lines, for a loop that touches `at` and moves it by `bytes` at each of so many steps: a burst of requests
+  // would keep the block's own loads waiting.
+  struct Walk {
+    const char* at;
+    int64_t bytes;
+    MNET_HD void step() {
+      __builtin_prefetch(at, 0, 2);
+      at += bytes;
     }
+  };
+  MNET_HD Walk walk(int steps, const void* elsewhere) {
+    if (lines_each_ == 0 || current_ == count_) return {static_cast<const char*>(elsewhere), 0};
+    int64_t lines = least<int64_t>(lines_each_, (ranges_[current_].end - ranges_[current_].at + kLine - 1) / kLine);
+    for (; lines > steps; --lines) touch();
+    Range& range = ranges_[current_];
+    const Walk walk{range.at, (lines * kLine + steps - 1) / steps};
+    range.at += lines * kLine;
+    current_ += range.at >= range.end;
+    return walk;
   }
 
  private:
-  static constexpr int kLine = 64;
+  static constexpr int64_t kLine = 64;
   struct Range {
     const char *at, *end;
   };
+  MNET_HD void touch() {
+    Range& range = ranges_[current_];
+    __builtin_prefetch(range.at, 0, 2);
+    range.at += kLine;
+    current_ += range.at >= range.end;
+  }
   Range ranges_[4];
   int count_ = 0, current_ = 0, lines_each_ = 0;
   int64_t lines_ = 0;
@@ -84,13 +107,51 @@ MNET_HD float packed_word(const void* from, int64_t at, int64_t stride_k, bool l
 #endif
 }
 
+#if MNET_CPU_LANES == 16
+// Transposes 16 x 16 words.
+MNET_HD void transpose_words(Vec (&v)[16]) {
+  const auto exchange = [&](auto distance, auto low, auto high) __attribute__((always_inline)) {
+    constexpr int kDistance = decltype(distance)::value;
+    MNET_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      if ((i & kDistance) != 0) continue;
+      const Vec a = v[i], b = v[i + kDistance];
+      v[i] = low(a, b);
+      v[i + kDistance] = high(a, b);
+    }
+  };
+#define MNET_SHUFFLE(...) [](Vec a, Vec b) __attribute__((always_inline)) { return __builtin_shufflevector(a, b, __VA_ARGS__); }
+  exchange(Size<1>{}, MNET_SHUFFLE(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+           MNET_SHUFFLE(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
+  exchange(Size<2>{}, MNET_SHUFFLE(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+           MNET_SHUFFLE(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  exchange(Size<4>{}, MNET_SHUFFLE(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+           MNET_SHUFFLE(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+  exchange(Size<8>{}, MNET_SHUFFLE(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+           MNET_SHUFFLE(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+#undef MNET_SHUFFLE
+}
+
+// 16 words of a column whose values follow each other.
+template <typename Storage>
+MNET_HD Vec column_words(const void* from, int64_t at) {
+#if defined(MNET_CPU_BF16)
+  Vec words;
+  std::memcpy(&words, static_cast<const uint16_t*>(from) + at, sizeof words);
+  return words;
+#else
+  return load_map<Storage, false>(static_cast<const typename Storage::Lane*>(from) + at, kLanes);
+#endif
+}
+#endif
+
 // Packs columns [first, first + kPanel) of B[depth, columns], whose elements are storage values at the given strides.
 template <typename Storage>
 void pack_panel(const void* from, int64_t stride_k, int64_t stride_n, int depth, int first, int columns, float* to) {
   const int used = least(kPanel, columns - first);
-  const auto put = [&](int k, int j) __attribute__((always_inline)) {
+  const auto word = [&](int k, int j) __attribute__((always_inline)) {
     const int64_t at = int64_t{k} * kPerWord * stride_k + (first + j) * stride_n;
-    to[int64_t{k} * kPanel + j] = packed_word<Storage>(from, at, stride_k, k * kPerWord + 1 == depth);
+    return packed_word<Storage>(from, at, stride_k, k * kPerWord + 1 == depth);
   };
   const int whole = (depth + kPerWord - 1) / kPerWord;
   for (int k = 0; k < words(depth); ++k) {
@@ -98,12 +159,33 @@ void pack_panel(const void* from, int64_t stride_k, int64_t stride_n, int depth,
   }
   if (stride_n == 1) {
     for (int k = 0; k < whole; ++k) {
-      for (int j = 0; j < used; ++j) put(k, j);
+      for (int j = 0; j < used; ++j) to[int64_t{k} * kPanel + j] = word(k, j);
     }
     return;
   }
-  for (int j = 0; j < used; ++j) {
-    for (int k = 0; k < whole; ++k) put(k, j);
+  // A column's words lie together, a panel's rows far apart: some of every column are turned round at a time.
+  constexpr int kTurned = 16;
+  for (int begin = 0; begin < whole; begin += kTurned) {
+    const int count = least(kTurned, whole - begin);
+    float* const rows = to + int64_t{begin} * kPanel;
+    int j = 0;
+#if MNET_CPU_LANES == 16
+    for (; stride_k == 1 && (begin + kTurned) * kPerWord <= depth && j + 16 <= used; j += 16) {
+      Vec v[16];
+      MNET_UNROLL
+      for (int i = 0; i < 16; ++i) v[i] = column_words<Storage>(from, begin * kPerWord + (first + j + i) * stride_n);
+      transpose_words(v);
+      MNET_UNROLL
+      for (int i = 0; i < 16; ++i) store_vec(rows + i * kPanel + j, v[i]);
+    }
+#endif
+    float turned[kPanel][kTurned];
+    for (int column = j; column < used; ++column) {
+      for (int i = 0; i < count; ++i) turned[column][i] = word(begin + i, column);
+    }
+    for (int i = 0; i < count; ++i) {
+      for (int column = j; column < used; ++column) rows[i * kPanel + column] = turned[column][i];
+    }
   }
 }
 

@@ -144,29 +144,10 @@ void multiply_tile_rows(const float* a, int64_t lda, const float* b, int depth, 
   if (rows > 0) multiply_tiles<1, kAcross>(a, lda, b, depth, c, accumulate);
 }
 
-// Transposes 16 x 16 words.
-MNET_HD void transpose_words(Vec (&v)[kTileRows]) {
-  const auto exchange = [&](auto distance, auto low, auto high) __attribute__((always_inline)) {
-    constexpr int kDistance = decltype(distance)::value;
-    MNET_UNROLL
-    for (int i = 0; i < kTileRows; ++i) {
-      if ((i & kDistance) != 0) continue;
-      const Vec a = v[i], b = v[i + kDistance];
-      v[i] = low(a, b);
-      v[i + kDistance] = high(a, b);
-    }
-  };
-#define MNET_SHUFFLE(...) [](Vec a, Vec b) __attribute__((always_inline)) { return __builtin_shufflevector(a, b, __VA_ARGS__); }
-  exchange(Size<1>{}, MNET_SHUFFLE(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-           MNET_SHUFFLE(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
-  exchange(Size<2>{}, MNET_SHUFFLE(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-           MNET_SHUFFLE(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
-  exchange(Size<4>{}, MNET_SHUFFLE(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-           MNET_SHUFFLE(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
-  exchange(Size<8>{}, MNET_SHUFFLE(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-           MNET_SHUFFLE(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
-#undef MNET_SHUFFLE
-}
+// How many blocks (Ahead) these take.
+inline int64_t row_blocks(int rows) { return (rows + kRowBlock - 1) / kRowBlock; }
+inline int64_t deep_blocks(int rows, int) { return row_blocks(rows); }
+inline int64_t along_blocks(int channels, int) { return row_blocks(channels); }
 
 inline void multiply_deep(const float* a, int64_t lda, const float* b, int depth, int rows, int columns, float* c,
                           Ahead& ahead) {

@@ -30,7 +30,8 @@ struct TileConfiguration {
 // C[kRows, kPanel] (+)= A[kRows, depth] B[depth, kPanel], the first kVecs vectors of the panel.  kTransposed: A is
 // stored [depth, kRows]; `lda` is the distance of A's stored rows.  depth is at least 1.
 template <int kRows, int kVecs, bool kTransposed>
-MNET_HD void multiply_block(const float* a, int64_t lda, const float* b, int depth, float* c, bool accumulate) {
+MNET_HD void multiply_block(const float* a, int64_t lda, const float* b, int depth, float* c, bool accumulate,
+                            Ahead::Walk ahead) {
   Vec sum[kRows][kVecs];
   MNET_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -39,6 +40,7 @@ MNET_HD void multiply_block(const float* a, int64_t lda, const float* b, int dep
   }
   const float* const end = b + int64_t{depth} * kPanel;
   do {  // not `for`: a loop that may not run at all makes the compiler keep a second copy of the sums in memory
+    ahead.step();
     Vec row[kVecs];
     MNET_UNROLL
     for (int v = 0; v < kVecs; ++v) row[v] = load_vec(b + v * kLanes);
@@ -71,8 +73,7 @@ void multiply_rows(const float* a, int64_t lda, const float* b, int depth, int r
                    Ahead& ahead) {
   const int64_t step = kRows * (kTransposed ? 1 : lda);
   for (; rows >= kRows; rows -= kRows) {
-    ahead.step();
-    multiply_block<kRows, kVecs, kTransposed>(a, lda, b, depth, c, accumulate);
+    multiply_block<kRows, kVecs, kTransposed>(a, lda, b, depth, c, accumulate, ahead.walk(depth, a));
     a += step;
     c += kRows * kPanel;
   }
@@ -96,6 +97,11 @@ void multiply_panel(const float* a, int64_t lda, const float* b, int depth, int 
              accumulate || k > 0, ahead);
   }
 }
+
+// How many blocks (Ahead) multiply_panel takes for so many rows; multiply_deep, multiply_along_rows.
+inline int64_t row_blocks(int rows) { return (rows + kRowBlock - 1) / kRowBlock; }
+inline int64_t deep_blocks(int rows, int depth) { return row_blocks(rows) * ((depth + kDepth - 1) / kDepth); }
+inline int64_t along_blocks(int channels, int rows) { return row_blocks(channels) * ((rows + kShortDepth - 1) / kShortDepth); }
 
 // A product over a long depth, in steps that keep B's part of the panel in the first-level cache.
 inline void multiply_deep(const float* a, int64_t lda, const float* b, int depth, int rows, int columns, float* c,

@@ -9,16 +9,16 @@ namespace mnet::cpu {
 
 namespace {
 
-// Tiles are multiples of every capability's block of rows (6 and 14).  The tile's activated input stays in the second
-// level of cache; longer runs save reads and writes of the weight gradient.
-constexpr int kTileRows = 84;
-constexpr int kShortTileRows = 42;
-constexpr int kLongDepth = 512;
+// A multiple of every capability's block of rows (6 and 14).  Longer tiles would save passes over the packed weight and the
+// weight gradient, but lose more: panels of results and the depth's part of the tile leave the first-level cache.
+constexpr int kTileRows = 42;
 constexpr int kAmxTileRows = 96;  // of blocks of 32
 constexpr int kAmxRows = 16;      // of a register, to which the depth is padded
 
 constexpr int64_t kMaxChunks = 64;
-constexpr int64_t kWishedUnits = 16;             // below, the columns are split as well
+constexpr int64_t kChunkRows = 168;          // at least
+constexpr int64_t kBackwardChunkRows = 336;  // each leaves a weight gradient behind
+constexpr int64_t kUnitsPerThread = 4;           // of several threads; below, the columns are split as well
 constexpr int kMinBlockColumns = 64;             // a block repeats the element-wise work on the tile's input
 constexpr int64_t kPartialFloats = 2 << 20;      // all parts of a weight gradient together, where 4 chunks allow
 
@@ -28,21 +28,21 @@ bool on_amx(Capability capability, Dtype dtype) {
   return capability >= Capability::kAmx && dtype == Dtype::kBFloat16;
 }
 
-PointwisePlan make_plan(int64_t positions, int depth, int columns, int64_t tiles_per_chunk, int64_t max_chunks,
-                        Dtype dtype, Capability capability) {
+PointwisePlan make_plan(int64_t positions, int depth, int columns, int64_t chunk_rows, int64_t max_chunks, Dtype dtype,
+                        Capability capability, int threads) {
   const bool amx = on_amx(capability, dtype);
   PointwisePlan plan{};
   plan.positions = positions;
-  plan.tile_rows = amx ? kAmxTileRows : depth > kLongDepth ? kShortTileRows : kTileRows;
+  plan.tile_rows = amx ? kAmxTileRows : kTileRows;
   plan.depth = depth;
   plan.packed_depth = amx ? static_cast<int>(divide_up(depth, kAmxRows)) * kAmxRows : depth;
   plan.columns = columns;
   plan.panel = capability >= Capability::kAvx512 ? 32 : 16;
   plan.panels = static_cast<int>(divide_up(columns, plan.panel));
   const int64_t tiles = divide_up(positions, plan.tile_rows);
-  plan.rows_per_chunk = std::max(tiles_per_chunk, divide_up(tiles, max_chunks)) * plan.tile_rows;
+  plan.rows_per_chunk = std::max(divide_up(chunk_rows, plan.tile_rows), divide_up(tiles, max_chunks)) * plan.tile_rows;
   plan.chunks = divide_up(positions, plan.rows_per_chunk);
-  const int64_t wished = divide_up(kWishedUnits, std::max<int64_t>(1, plan.chunks));
+  const int64_t wished = threads == 1 ? 1 : divide_up(kUnitsPerThread * threads, std::max<int64_t>(1, plan.chunks));
   const int64_t fewest = kMinBlockColumns / plan.panel;
   plan.panels_per_block = static_cast<int>(std::max(fewest, divide_up(plan.panels, wished)));
   plan.blocks = static_cast<int>(divide_up(plan.panels, plan.panels_per_block));
@@ -89,14 +89,14 @@ Kernels kernels(Capability capability, Dtype dtype) {
 
 }  // namespace
 
-PointwisePlan plan_pointwise(const PointwiseParams& p, Dtype dtype, Capability capability) {
-  return make_plan(p.positions(), p.c, p.e, 2, kMaxChunks, dtype, capability);
+PointwisePlan plan_pointwise(const PointwiseParams& p, Dtype dtype, Capability capability, int threads) {
+  return make_plan(p.positions(), p.c, p.e, kChunkRows, kMaxChunks, dtype, capability, threads);
 }
 
-PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& p, Dtype dtype, Capability capability) {
+PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& p, Dtype dtype, Capability capability, int threads) {
   const int64_t size = int64_t{p.c} * p.e;
   const int64_t max_chunks = p.dw == nullptr ? kMaxChunks : std::clamp<int64_t>(kPartialFloats / size, 4, kMaxChunks);
-  PointwisePlan plan = make_plan(p.positions(), p.e, p.c, 4, max_chunks, dtype, capability);
+  PointwisePlan plan = make_plan(p.positions(), p.e, p.c, kBackwardChunkRows, max_chunks, dtype, capability, threads);
   // A chunk ends within an image, which then has a slot in both.
   if (p.gate != nullptr) plan.slots = plan.chunks + p.images;
   return plan;

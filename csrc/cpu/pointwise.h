@@ -1,9 +1,10 @@
 // 1x1 convolution and its backward on the CPU, free of torch: a plan, units of work that run in any order, and their
 // combination.
 //
-// A unit is a run of positions (a chunk) of a block of the output's column panels.  The plan depends on the shape, the
-// dtype and the capability alone, never on the number of threads, and the units' sums are combined in the order of the chunks:
-// the result is the same, bit for bit, however the units are spread over threads.
+// A unit is a run of positions (a chunk) of a block of the output's column panels.  The chunks depend on the shape, the
+// dtype and the capability alone, and their sums are combined in their order: the result is the same, bit for bit, for
+// every number of threads.  This decides only into how many blocks the columns are split, each of which repeats the
+// element-wise work on the chunk's other operand.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +36,9 @@ struct PointwisePlan {
   int64_t partials_size() const { return chunks * packed_size(); }         // floats of the weight gradient's parts
 };
 
-PointwisePlan plan_pointwise(const PointwiseParams& params, Dtype dtype, Capability capability);
-PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& params, Dtype dtype, Capability capability);
+PointwisePlan plan_pointwise(const PointwiseParams& params, Dtype dtype, Capability capability, int threads);
+PointwisePlan plan_pointwise_backward(const PointwiseBackwardParams& params, Dtype dtype, Capability capability,
+                                      int threads);
 
 // Memory the caller provides; what a call does not need may be nullptr.
 struct PointwiseWorkspace {

@@ -4,7 +4,7 @@
 // and kept in float32 in the second-level cache.  Then panel by panel of x's channels: gz = dy W into a panel in the
 // first-level cache; one loop over it and x that masks, stores gx, adds up its sums and leaves the activated z in
 // another panel; and dW += dy^T z from the two while they are near.  x, grad and y are read once, gx is written once.
-// Every chunk has its own part of dW, in panels [panel][e][kPanel]: a tile adds a run of 42 or 84 positions to it.
+// Every chunk has its own part of dW, in panels [panel][e][kPanel]: a tile adds a run of 42 positions to it.
 #pragma once
 
 #include <cstdint>
@@ -179,8 +179,9 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
         ahead.add(static_cast<const Lane*>(p.x) + next * p.c, count * p.c * sizeof(Lane));
         if (p.gx != nullptr) ahead.add(static_cast<const Lane*>(p.gx) + next * p.c, count * p.c * sizeof(Lane));
       }
-      const int blocks = (needs_product ? rows / kRowBlock + 1 : 0) + (partial_dw != nullptr ? p.e / kRowBlock + 1 : 0);
-      ahead.spread(int64_t{unit.panel_end - unit.panel_begin} * blocks);
+      const int64_t blocks = (needs_product ? deep_blocks(rows, words(p.e)) : 0) +
+                             (partial_dw != nullptr ? along_blocks(p.e, rows) : 0);
+      ahead.spread((unit.panel_end - unit.panel_begin) * blocks);
     }
     const float* deep = partial_dw == nullptr ? nullptr : rows_as_depth(tile, stride, plan.tile_rows, rows, p.e, turned);
     clear_deep(activated, rows);

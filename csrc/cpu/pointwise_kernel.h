@@ -1,9 +1,10 @@
 // The pointwise kernel of one capability (see simd.h for how it is included).
 //
 // Memory plan.  A unit walks down its positions in tiles.  A tile's input is read once, activated, and kept in float32
-// in the second-level cache (84 x 512 x 4 bytes = 168 KiB at most); the packed weight passes by it panel by panel, from
-// the first-level cache.  A panel of results (84 x 64 bytes, twice that with 16 lanes) is rounded, stored and added to
-// the moments while it is in the first-level cache: y is written once and not read.
+// in the second-level cache (42 x 960 x 4 bytes = 158 KiB at the deepest V2 layer); the packed weight passes by it panel by
+// panel, from the first-level cache.  A panel of results (42 x 64 bytes, twice that with 16 lanes) is rounded, stored and
+// added to the moments while it is in the first-level cache: y is written once and not read.  The next tile's lines of x
+// and y are asked for one by one within the products (Ahead).
 #pragma once
 
 #include <cstdint>
@@ -51,7 +52,7 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
       const int64_t count = least<int64_t>(plan.tile_rows, unit.row_end - next);
       ahead.add(static_cast<const Lane*>(p.x) + next * p.c, count * p.c * sizeof(Lane));
       if (plan.blocks == 1) ahead.add(static_cast<const Lane*>(p.y) + next * p.e, count * p.e * sizeof(Lane));
-      ahead.spread(int64_t{unit.panel_end - unit.panel_begin} * (rows / kRowBlock + 1));
+      ahead.spread(int64_t{unit.panel_end - unit.panel_begin} * deep_blocks(rows, words(p.c)));
     }
     for (int panel = unit.panel_begin; panel < unit.panel_end; ++panel) {
       const int column = panel * kPanel, used = least(kPanel, p.e - column);

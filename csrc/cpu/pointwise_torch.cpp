@@ -15,7 +15,7 @@ static std::tuple<at::Tensor, at::Tensor> pointwise(const at::Tensor& x, const a
   const PointwiseCall call = prepare_pointwise(x, weight, bn, act, gate, moments);
   const PointwiseParams& params = call.params;
   const Capability isa = capability();
-  const PointwisePlan plan = plan_pointwise(params, call.dtype, isa);
+  const PointwisePlan plan = plan_pointwise(params, call.dtype, isa, at::get_num_threads());
   const at::Tensor packed = at::empty({plan.packed_size()}, x.options().dtype(at::kFloat));
   const at::Tensor sums = at::empty({moments ? plan.sums_size() : 0}, x.options().dtype(at::kDouble));
   PointwiseWorkspace workspace{};
@@ -40,7 +40,7 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> pointwise_backward(
                                                                 gate, residual, needs_dx, needs_sums, needs_dw);
   const PointwiseBackwardParams& params = call.params;
   const Capability isa = capability();
-  const PointwisePlan plan = plan_pointwise_backward(params, call.dtype, isa);
+  const PointwisePlan plan = plan_pointwise_backward(params, call.dtype, isa, at::get_num_threads());
   const bool product = params.gx != nullptr || params.sums != nullptr;
   if (!product && params.dw == nullptr) return {call.gx, call.sums, call.dw};
   const auto floats = x.options().dtype(at::kFloat);

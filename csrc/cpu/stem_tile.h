@@ -162,7 +162,7 @@ void stem_rows(const Pixels& pixels, int64_t column, const float* b, int depth, 
 template <int kRows, int kVecs>
 void tap_rows(const float* a, int64_t pitch, const float* b, int positions, int rows, float* c) {
   for (; rows >= kRows; rows -= kRows) {
-    multiply_block<kRows, kVecs, true>(a, pitch, b, positions, c, true);
+    multiply_block<kRows, kVecs, true>(a, pitch, b, positions, c, true, Ahead::Walk{reinterpret_cast<const char*>(a), 0});
     a += kRows;
     c += kRows * kPanel;
   }
