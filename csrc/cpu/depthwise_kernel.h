@@ -145,8 +145,13 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
         }
         const Vec* rows[kKernel];
         for (int i = 0; i < kKernel; ++i) rows[i] = lanes.ring[slot(top + i)];
+        // The row after this one, which the next turn of this vector writes.
+        Lane* const to = y + row * out_row + column * p.c + lanes.channel;
+        if (lanes.channel * static_cast<int>(sizeof(Lane)) % 64 == 0) {
+          for (int j = 0; j < columns; ++j) prefetch<true>(to, out_row + int64_t{j} * p.c);
+        }
         const auto output = partial ? output_row<Traits, 1, true> : output_row<Traits, 1, false>;
-        output(lanes.moments, lanes.weight, rows, columns, y + row * out_row + column * p.c + lanes.channel, p.c, lanes.valid,
+        output(lanes.moments, lanes.weight, rows, columns, to, p.c, lanes.valid,
                MNET_PLANT(6, run == 0, run + flushed == 0), run + flushed == 0);
       }
       loaded = top + kKernel;

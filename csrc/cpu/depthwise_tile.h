@@ -93,7 +93,10 @@ void output_row(ChannelMoments& m, const Vec* weight, const Vec* const* rows, in
     sum1 = sum1 + d1;
     sum2 = sum2 + d2;
   };
-  for_blocks<Traits::kBlock>(0, MNET_PLANT(3, columns, columns - 1), emit);
+  const int end = MNET_PLANT(3, columns, columns - 1);
+  int column = 0;
+  for (; column + Traits::kBlock <= end; column += Traits::kBlock) emit(Size<Traits::kBlock>{}, column);
+  for_blocks<2>(column, end, emit);
   m.run_shift = shift;
   m.run_sum1 = sum1;
   m.run_sum2 = sum2;
