@@ -52,7 +52,12 @@ class Ahead {
   void spread(int64_t blocks) { lines_each_ = static_cast<int>((lines_ + blocks - 1) / blocks); }
   // One block's lines at once.
   MNET_HD void step() {
-    for (int i = 0; i < lines_each_ && current_ < count_; ++i) touch();
+    for (int i = 0; i < lines_each_ && current_ < count_; ++i) {
+      Range& range = ranges_[current_];
+      __builtin_prefetch(range.at, 0, 2);
+      range.at += kLine;
+      current_ += range.at >= range.end;
+    }
   }
   // One block's lines, for a loop that touches `at` and moves it by `bytes` at each of so many steps: a burst of requests
   // would keep the block's own loads waiting.
@@ -66,26 +71,23 @@ class Ahead {
   };
   MNET_HD Walk walk(int steps, const void* elsewhere) {
     if (lines_each_ == 0 || current_ == count_) return {static_cast<const char*>(elsewhere), 0};
-    int64_t lines = least<int64_t>(lines_each_, (ranges_[current_].end - ranges_[current_].at + kLine - 1) / kLine);
-    for (; lines > steps; --lines) touch();
     Range& range = ranges_[current_];
+    int lines = static_cast<int>(least<int64_t>(lines_each_, (range.end - range.at + kLine - 1) / kLine));
+    for (; lines > steps; --lines) {
+      __builtin_prefetch(range.at, 0, 2);
+      range.at += kLine;
+    }
     const Walk walk{range.at, (lines * kLine + steps - 1) / steps};
-    range.at += lines * kLine;
+    range.at += int64_t{lines} * kLine;
     current_ += range.at >= range.end;
     return walk;
   }
 
  private:
-  static constexpr int64_t kLine = 64;
+  static constexpr int kLine = 64;
   struct Range {
     const char *at, *end;
   };
-  MNET_HD void touch() {
-    Range& range = ranges_[current_];
-    __builtin_prefetch(range.at, 0, 2);
-    range.at += kLine;
-    current_ += range.at >= range.end;
-  }
   Range ranges_[4];
   int count_ = 0, current_ = 0, lines_each_ = 0;
   int64_t lines_ = 0;

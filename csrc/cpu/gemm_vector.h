@@ -87,8 +87,11 @@ void multiply_rows(const float* a, int64_t lda, const float* b, int depth, int r
 template <bool kTransposed>
 void multiply_panel(const float* a, int64_t lda, const float* b, int depth, int rows, int columns, float* c,
                     bool accumulate, Ahead& ahead) {
-  const auto multiply = columns > kLanes ? multiply_rows<kRowBlock, 2, kTransposed>
-                                         : multiply_rows<2 * kRowBlock, 1, kTransposed>;
+  // 16 or 24 rows (channels) are blocks of 8, not one of 14 and others too small to keep the multipliers busy.
+  constexpr int kNarrow = least(8, kRowBlock);
+  const auto multiply = columns <= kLanes                                  ? multiply_rows<2 * kRowBlock, 1, kTransposed>
+                        : kTransposed && rows <= 24 && rows % kNarrow == 0 ? multiply_rows<kNarrow, 2, kTransposed>
+                                                                           : multiply_rows<kRowBlock, 2, kTransposed>;
   // One float32 sum over many positions would lose more than a library's, which sums by blocks.
   const int step = kTransposed ? kShortDepth / kPerWord : depth;
   for (int k = 0; k < depth; k += step) {

@@ -47,7 +47,7 @@ MNET_HD Bits widen(Packed p) { return __builtin_convertvector(p, Bits); }
 #endif
 
 template <typename T>
-MNET_HD T least(T a, T b) {
+MNET_HD constexpr T least(T a, T b) {
   return b < a ? b : a;
 }
 template <typename T>
