@@ -44,6 +44,7 @@ examples:
   python -m mnet_kernels.bench block --only 56x56
   python -m mnet_kernels.bench block --backend cpu --batch 16 --threads 1 --direction train --write-modes
   python -m mnet_kernels.bench model --backend cpu --batch 16 --resolution 224
+  python -m mnet_kernels.bench model --eval --batch 1 16 --providers folded folded-compile cpu/auto
   python -m mnet_kernels.bench host --batch 1 8
   python -m mnet_kernels.bench stage --only depthwise --device cuda --batch 256 --amp bf16 --graph
 """
@@ -68,6 +69,7 @@ def build_parser():
         "--batch", type=int, nargs="+", metavar="N", help="images (default: 8 on the CPU, 256 on a card; host: 1 2 4 8)"
     )
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--eval", action="store_true", help="eval mode, forward alone: batch norm by its running statistics")
     add("--amp", choices=AMP_DTYPES, default="off", help="mixed precision; for stages, the storage dtype")
     add(
         "--providers",
@@ -141,8 +143,9 @@ def run(args):
         raise BenchError("--write-modes needs blocks: python -m mnet_kernels.bench block --write-modes")
     started = time.perf_counter()
     for subject, batch in itertools.product(subjects, args.batch or usual):
-        setting = Setting(device, batch, args.amp)
-        directions = [d for d in subject.directions if not args.direction or d in args.direction]
+        setting = Setting(device, batch, args.amp, not args.eval)
+        asked = args.direction or (["forward"] if args.eval else subject.directions)
+        directions = [d for d in subject.directions if d in asked]
         prepared = compare.prepare(subject, wanted, setting, directions)
         for direction in directions:
             for launch in compare.LAUNCHES[: 1 + args.graph]:

@@ -10,13 +10,15 @@ import mnet_kernels
 
 from .. import backends
 from ..choice import default_fused
+from ..fold import fold
 from ..nn.base import FusedModule
 from . import BenchError
 
 
 class Provider(NamedTuple):
     """One way of running: a backend and mode (``auto``: as users get it), a memory layout, torch.compile's mode or None
-    for eager, and whether autocast is off for depthwise convolutions of stride 2."""
+    for eager, whether autocast is off for depthwise convolutions of stride 2, and whether batch norms are folded into
+    the convolutions before them (eval mode only)."""
 
     name: str
     backend: str = "native"
@@ -24,6 +26,7 @@ class Provider(NamedTuple):
     channels_last: bool = True
     compile: str | None = None
     float32_strided: bool = False
+    folded: bool = False
 
 
 BASELINE = "eager"
@@ -39,6 +42,8 @@ NATIVE = {
         # For mixed precision on CPUs, where these convolutions take several times as long in bfloat16 as in float32.
         Provider("eager-strided-f32", float32_strided=True),
         Provider("compile-strided-f32", compile="default", float32_strided=True),
+        Provider("folded", folded=True),
+        Provider("folded-compile", compile="default", folded=True),
         # eager, but refused where torch gives a convolution to another library than cuDNN
         Provider("cudnn"),
     )
@@ -124,9 +129,16 @@ def _in_float32(conv, x):
     return out.to(x.dtype)
 
 
-def fit(module, provider, device):
-    """A copy of ``module`` on a device, run by a provider (not yet compiled: that happens at its first call)."""
-    module = copy.deepcopy(module).to(device)
+def fit(module, provider, device, training=True):
+    """A copy of ``module`` on a device, in training or eval mode, run by a provider (not yet compiled: that happens at
+    its first call).
+
+    Raises:
+        BenchError: a folded provider in training mode.
+    """
+    if provider.folded and training:
+        raise BenchError(f"provider {provider.name!r} has no batch norm left to train: measure it with --eval")
+    module = (fold(module) if provider.folded else copy.deepcopy(module)).to(device).train(training)
     if provider.channels_last:
         module = module.to(memory_format=torch.channels_last)
     if provider.backend == "native":

@@ -67,7 +67,7 @@ class Block:
 
     def prepare(self, provider, setting):
         generator = torch.Generator().manual_seed(0)
-        module = providers.fit(self.module, provider, setting.device).train(setting.training)
+        module = providers.fit(self.module, provider, setting.device, setting.training)
         # in a network under autocast the block before hands on its output in the autocast dtype
         x = _input(self.shape, setting, provider, setting.storage, generator).requires_grad_()
         leaves = [x, *module.parameters()]
@@ -106,7 +106,7 @@ class Model:
 
     def prepare(self, provider, setting):
         generator = torch.Generator().manual_seed(0)
-        module = providers.fit(self.module, provider, setting.device).train(setting.training)
+        module = providers.fit(self.module, provider, setting.device, setting.training)
         images = _input(self.shape, setting, provider, torch.float32, generator)
         labels = torch.randint(CLASSES, (setting.batch,), generator=generator).to(setting.device)
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
