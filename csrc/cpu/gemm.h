@@ -48,8 +48,8 @@ class Ahead {
     ranges_[count_++] = {static_cast<const char*>(from), static_cast<const char*>(from) + bytes};
     lines_ += (bytes + kLine - 1) / kLine;
   }
-  // The products come in so many blocks.
-  void spread(int64_t blocks) { lines_each_ = static_cast<int>((lines_ + blocks - 1) / blocks); }
+  // The products come in so many blocks, or in none.
+  void spread(int64_t blocks) { lines_each_ = blocks > 0 ? static_cast<int>((lines_ + blocks - 1) / blocks) : 0; }
   // One block's lines at once.
   MNET_HD void step() {
     for (int i = 0; i < lines_each_ && current_ < count_; ++i) {
