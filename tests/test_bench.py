@@ -340,17 +340,20 @@ def test_depthwise_of_stride_2_in_float32():
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 if setting is amp else 0)
 
 
-def test_folded_in_eval_mode_alone():
+def test_folded_in_eval_mode_alone(tmp_path):
     block = small_block()
     one = compare.Prepared(block, providers.NATIVE["folded"], SETTING, ["forward"])
     assert "measure it with --eval" in one.error["forward"]
-    setting = SETTING._replace(training=False)
     folded, eager = (providers.fit(block.module, providers.NATIVE[n], CPU, False) for n in ("folded", "eager"))
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     x = torch.randn(SETTING.batch, *block.shape)
     torch.testing.assert_close(folded(x), eager(x), rtol=1e-4, atol=1e-4)
-    rows = compare.measure(block, compare.prepare(block, [], setting, ["forward"]), setting, "forward", **QUICK)
-    assert not any(row["training"] for row in rows)
+    file = tmp_path / "rows.json"
+    small = ["--models", "v2", "--width", "0.25", "--resolution", "32", "--batch", "2", "--seconds", "0.1"]
+    assert __main__.main(["model", "--eval", *small, "--providers", "folded", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    found = {(row["provider"], row["direction"], row["training"]) for row in rows}
+    assert found == {(name, "forward", False) for name in ("eager", "eager (again)", "folded")}
 
 
 # ---- the table of modes ---------------------------------------------------------------------------------------------

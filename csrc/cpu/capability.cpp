@@ -48,8 +48,8 @@ Capability supported_capability() {
 #endif
 }
 
-// Intel's cores multiply bfloat16 in vectors at no more than half the rate of float32 (measured on a Sapphire Rapids: the
-// 1x1 stages at 75 to 85 and 115 to 165 GFLOP/s), AMD's at twice it.
+// Intel's cores multiply pairs of bfloat16 in vectors at half the rate of float32's: on an Emerald Rapids V2's 1x1 layers at
+// 14x14 and 7x7 run at 70 to 85 GFLOP/s with them and at 110 to 165 without (bench/cpu_gemm.py --dtype bfloat16).
 static bool pairs_are_slow() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
   return __builtin_cpu_is("intel");

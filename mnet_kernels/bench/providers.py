@@ -39,7 +39,7 @@ NATIVE = {
         Provider("compile", compile="default"),
         # Graphs are captured around whole steps, alike for every provider: not by torch.compile itself.
         Provider("max-autotune", compile="max-autotune-no-cudagraphs"),
-        # For mixed precision on CPUs, where these convolutions take several times as long in bfloat16 as in float32.
+        # For mixed precision on CPUs, where torch takes longer for these convolutions in bfloat16 than in float32.
         Provider("eager-strided-f32", float32_strided=True),
         Provider("compile-strided-f32", compile="default", float32_strided=True),
         Provider("folded", folded=True),
