@@ -57,7 +57,8 @@ MNET_DEVICE int2 triangle_block(int index) {
 }
 
 // Where gather_gram has a thread's 16 bytes of channels from: a map in memory.  `fetch` starts the loads of a position,
-// `finish` makes of what has arrived, positions from `first` on and `step` apart, the values that `words` then holds.
+// `finish` makes of what has arrived, positions from `first` on, `step` apart, of which those less than `left` further exist,
+// the values that `words` then holds.
 template <typename T_>
 struct MapSource {
   using T = T_;
@@ -71,7 +72,7 @@ struct MapSource {
     words[u] = Words{};
     if (exists) words[u] = load_words(x + position * c, valid, vectorized);
   }
-  MNET_DEVICE void finish(int64_t, int, int64_t) {}
+  MNET_DEVICE void finish(int64_t, int, int) {}
 };
 
 // The partials of a block: means [chunks, pitch], products [chunks, pitch, pitch] of which the blocks of the lower triangle.
@@ -113,7 +114,7 @@ MNET_DEVICE void gather_gram(Source& source, int64_t positions, const GramTiling
   for (int64_t first = begin; first < end; first += t.rows) {
     const int count = static_cast<int>(smaller(t.rows, end - first));
     if (loads) {
-      source.finish(first + row, t.row_step, end);
+      source.finish(first + row, t.row_step, count - row);
       MNET_UNROLL
       for (int u = 0; u < kLoads; ++u) {
         float* const to = tile + (row + u * t.row_step) * t.pitch + pack_channel;

@@ -13,6 +13,7 @@ namespace mnet::cuda {
 struct FinalizeTraits {
   static constexpr int kThreads = 128;
   static constexpr int kRunningThreads = 512;
+  static constexpr int kRunningBlocks = 1;  // said, or ptxas spills to fit two for sm_100 and sm_120
 };
 
 __global__ void __launch_bounds__(FinalizeTraits::kThreads) finalize_kernel(const FinalizeParams p) {
@@ -51,7 +52,8 @@ MNET_DEVICE void update_running(const RunningStat& stat, int64_t c, double momen
   }
 }
 
-__global__ void __launch_bounds__(FinalizeTraits::kRunningThreads) update_running_stats_kernel(const RunningStatsParams p) {
+__global__ void __launch_bounds__(FinalizeTraits::kRunningThreads, FinalizeTraits::kRunningBlocks)
+    update_running_stats_kernel(const RunningStatsParams p) {
   int64_t batches = 0;
   if (p.batches != nullptr) {
     batches = *p.batches + 1;

@@ -25,8 +25,7 @@ struct NormalizedSource {
   int valid;  // channels
   Activation act;
   bool vectorized;
-  const float* scale;  // these two in shared memory; zero for channels that do not exist, and so is their output
-  const float* shift;
+  const float* scale;  // in shared memory, the shifts kMaxChannels on; zero for channels that do not exist: so is their output
   Words words[GramTraits::kLoads];
   Words others[kResidual ? GramTraits::kLoads : 1];
 
@@ -39,20 +38,19 @@ struct NormalizedSource {
     }
   }
 
-  MNET_DEVICE void finish(int64_t first, int step, int64_t end) {
+  MNET_DEVICE void finish(int64_t first, int step, int left) {
     with_activation(act, [&](auto a) {
       MNET_UNROLL
       for (int u = 0; u < GramTraits::kLoads; ++u) {
         float z[kVec];
         MNET_UNROLL
         for (int v = 0; v < kVec; ++v) {
-          z[v] = decltype(a)::fwd(fmaf(scale[v], value_of<T>(words[u], v), shift[v]));
+          z[v] = decltype(a)::fwd(fmaf(scale[v], value_of<T>(words[u], v), scale[GramTraits::kMaxChannels + v]));
           if constexpr (kResidual) z[v] += value_of<T>(others[MNET_PLANT(7, u, 0)], v);
         }
         const Words stored = words_of<T>(z);
-        const int64_t position = first + int64_t{u} * step;
-        if (position < MNET_PLANT(8, end, end - 1)) {
-          store_words(out + position * c, stored, MNET_PLANT(9, valid, valid - 1), vectorized);
+        if (u * step < MNET_PLANT(8, left, left - 1)) {
+          store_words(out + (first + u * step) * c, stored, MNET_PLANT(9, valid, valid - 1), vectorized);
         }
         words[u] = MNET_PLANT(10, stored, words[u]);
       }
@@ -81,7 +79,6 @@ __global__ void __launch_bounds__(GramTraits::kThreads, GramTraits::kBlocksPerSm
   source.act = p.act;
   source.vectorized = t.vectorized;
   source.scale = tables[0] + channel;
-  source.shift = tables[1] + channel;
   gather_gram(source, p.n * p.area, t, means, products);
 }
 

@@ -10,6 +10,7 @@
 #include "../cuda/expand_depthwise.cuh"
 #include "../cuda/expand_gram.cuh"
 #include "../cuda/normalize.cuh"
+#include "../cuda/normalize_gram.cuh"
 #include "../cuda/pointwise.cuh"
 #include "../cuda/pointwise_backward_both.cuh"
 #include "../cuda/pointwise_tiles.h"
@@ -113,9 +114,14 @@ static void report_dtype() {
   report({label<T>("normalize"), Normalize::kThreads, Normalize::kBlocks, 0, loads});
   report({label<T>("normalize_sums"), Normalize::kThreads, Normalize::kBlocks,
           Normalize::kMaxTables * Normalize::kVec * Normalize::kThreads * 4, loads});
-  report({label<T>("gram"), GramTraits::kThreads, GramTraits::kBlocksPerSm,
-          (GramTraits::kTileFloats + 2 * GramTraits::kThreads + 2 * GramTraits::kMaxChannels) * 4,
-          GramTraits::kLoads * GramTraits::kThreads * 16});
+  constexpr int kGramBytes = (GramTraits::kTileFloats + 2 * GramTraits::kThreads + 2 * GramTraits::kMaxChannels) * 4;
+  constexpr int kGramLoads = GramTraits::kLoads * GramTraits::kThreads * 16;
+  constexpr int kTables = 2 * GramTraits::kMaxChannels * 4;
+  report({label<T>("gram"), GramTraits::kThreads, GramTraits::kBlocksPerSm, kGramBytes, kGramLoads});
+  report({label<T>("normalize_gram"), GramTraits::kThreads, GramTraits::kBlocksPerSm, kGramBytes + kTables, kGramLoads,
+          1.0 / 2.0});
+  report({label<T>("normalize_gram", "residual"), GramTraits::kThreads, GramTraits::kBlocksPerSm, kGramBytes + kTables,
+          2 * kGramLoads, 2.0 / 3.0});
 }
 
 int main() {
