@@ -110,7 +110,7 @@ ExpandPlan plan_expand_depthwise(const ExpandDepthwiseParams& params, Capability
   ExpandPlan plan{};
   plan.rows = p.n * p.out_h;
   plan.panel = panel_columns(capability);
-  plan.panels = static_cast<int>(divide_up(p.c, plan.panel));
+  plan.panels = expand_panels(p.c, capability);
   // Equal strips of an image: 14 rows are two of 7, not one of 9 and one of 5.
   const int64_t rows = std::max(1, kStripPositions / (p.w * p.stride));
   plan.strip_rows = static_cast<int>(divide_up(p.out_h, divide_up(p.out_h, rows)));
@@ -124,6 +124,12 @@ ExpandPlan plan_expand_depthwise(const ExpandDepthwiseParams& params, Capability
   plan.rows_per_chunk = rows_per_chunk(p.n, p.out_h, plan.strip_rows, kMaxChunks);
   plan.chunks = divide_up(plan.rows, plan.rows_per_chunk);
   return plan;
+}
+
+int expand_panels(int e, Capability capability) { return static_cast<int>(divide_up(e, panel_columns(capability))); }
+
+int64_t expand_packed_size(const ExpandLayer& expand, int e, Capability capability) {
+  return int64_t{expand_panels(e, capability)} * panel_columns(capability) * expand.c;
 }
 
 void expand_pack(const ExpandLayer& expand, int e, Dtype dtype, int64_t begin, int64_t end, float* packed,

@@ -83,7 +83,10 @@ struct ExpandPlan {
 int64_t rows_per_chunk(int64_t images, int64_t height, int64_t strip_rows, int64_t max_chunks);
 
 ExpandPlan plan_expand_depthwise(const ExpandDepthwiseParams& params, Capability capability);
-// Panels [begin, end) of the packed expand weight (padded() * expand.c floats); every one before the first unit.
+// Of the packed expand weight, for e expanded channels: panels, and floats.
+int expand_panels(int e, Capability capability);
+int64_t expand_packed_size(const ExpandLayer& expand, int e, Capability capability);
+// Panels [begin, end) of it; every one before the first unit.
 void expand_pack(const ExpandLayer& expand, int e, Dtype dtype, int64_t begin, int64_t end, float* packed,
                  Capability capability);
 // `moments` may be nullptr.

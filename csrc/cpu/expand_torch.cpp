@@ -33,7 +33,7 @@ static std::tuple<at::Tensor, at::Tensor> expand_depthwise(const at::Tensor& x, 
   const auto floats = x.options().dtype(at::kFloat);
   const Capability isa = capability();
   const ExpandPlan plan = plan_expand_depthwise(params, isa);
-  const at::Tensor packed_weight = at::empty({plan.padded() * params.expand.c}, floats);
+  const at::Tensor packed_weight = at::empty({expand_packed_size(params.expand, params.depthwise.c, isa)}, floats);
   const at::Tensor workspace = at::empty({moments ? plan.moments_size() : 0}, x.options().dtype(at::kDouble));
   float* packed = packed_weight.mutable_data_ptr<float>();
   double* table = moments ? workspace.mutable_data_ptr<double>() : nullptr;

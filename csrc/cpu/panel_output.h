@@ -1,5 +1,5 @@
-// The end of a product: a panel of results (gemm.h) is rounded, stored and added to the moments of its channels while it
-// is in the first-level cache (see simd.h for how it is included).
+// The end of a product: a panel of results (gemm.h) is rounded, stored and added to the moments of its channels, or
+// normalised, activated and stored, while it is in the first-level cache (see simd.h for how it is included).
 #pragma once
 
 #include <cstdint>
@@ -85,6 +85,25 @@ void store_panel(const float* result, int rows, int used, typename Storage::Lane
     run.shift = flushed == 0 ? shift_of_first_run<Storage>(result + c, rows) : shift_of_later_run<Storage>(at);
     store_column<Storage, kPartial, true>(result + c, rows, to + c, pitch, valid, &run);
     run.merge(flushed, rows, at, at + padded);
+  });
+}
+
+// The same columns of a folded layer: act(scale * result + shift) [+ residual].
+template <typename Storage>
+void store_activated_panel(const float* result, int rows, int used, typename Storage::Lane* to, int64_t pitch,
+                           const float* scale, const float* shift, Activation activation,
+                           const typename Storage::Lane* residual) {
+  with_activation(activation, [&](auto act) {
+    for_vectors(used, [&](auto partial, int c, int valid) {
+      constexpr bool kPartial = decltype(partial)::value;
+      const Vec a = load_vec(scale + c), b = load_vec(shift + c);
+      for (int row = 0; row < rows; ++row) {
+        const int64_t at = row * pitch + c;
+        Vec z = decltype(act)::fwd(Vec(a * load_vec(result + row * kPanel + c) + b));
+        if (residual != nullptr) z = z + load_map<Storage, kPartial>(residual + at, valid);
+        store_map<Storage, kPartial>(to + at, z, valid);
+      }
+    });
   });
 }
 

@@ -121,9 +121,9 @@ void pointwise_backward_pack(const PointwiseBackwardParams& p, Dtype dtype, cons
 }
 
 void pointwise_units(const PointwiseParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin, int64_t end,
-                     const PointwiseWorkspace& workspace, Capability capability) {
+                     const PointwiseWorkspace& workspace, const PointwiseEpilogue* epilogue, Capability capability) {
   const auto run = kernels(capability, dtype).unit;
-  for (int64_t i = begin; i < end; ++i) run(p, dtype, plan, unit_of(plan, i), workspace);
+  for (int64_t i = begin; i < end; ++i) run(p, dtype, plan, unit_of(plan, i), workspace, epilogue);
 }
 
 void pointwise_backward_units(const PointwiseBackwardParams& p, Dtype dtype, const PointwisePlan& plan, int64_t begin,

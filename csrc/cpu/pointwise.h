@@ -47,11 +47,19 @@ struct PointwiseWorkspace {
   float* partials;  // partials_size()
 };
 
+// What a folded layer writes instead of the raw product and its moments: act(scale * y + shift) [+ residual].
+struct PointwiseEpilogue {
+  const float* table;    // rows of e: scale, shift, ...
+  const void* residual;  // [positions, e]; nullptr: none
+  Activation act;
+};
+
 // Panels [begin, end) of the packed weight; every one before the first unit.
 void pointwise_pack(const PointwiseParams& params, Dtype dtype, const PointwisePlan& plan, int64_t begin, int64_t end,
                     float* packed, Capability capability);
+// epilogue: nullptr: y and its moments are wanted.
 void pointwise_units(const PointwiseParams& params, Dtype dtype, const PointwisePlan& plan, int64_t begin, int64_t end,
-                     const PointwiseWorkspace& workspace, Capability capability);
+                     const PointwiseWorkspace& workspace, const PointwiseEpilogue* epilogue, Capability capability);
 // Writes params.moments, once every unit is done.
 void pointwise_finish(const PointwiseParams& params, const PointwisePlan& plan, const double* sums);
 
@@ -79,7 +87,7 @@ struct PointwiseUnit {
   void pointwise_pack_panel(const void* weight, Dtype dtype, int64_t stride_k, int64_t stride_n, int depth, int first,  \
                             int columns, float* packed);                                                                \
   void pointwise_unit(const PointwiseParams& params, Dtype dtype, const PointwisePlan& plan, const PointwiseUnit& unit, \
-                      const PointwiseWorkspace& workspace);                                                             \
+                      const PointwiseWorkspace& workspace, const PointwiseEpilogue* epilogue);                          \
   void pointwise_backward_unit(const PointwiseBackwardParams& params, Dtype dtype, const PointwisePlan& plan,           \
                                const PointwiseUnit& unit, const PointwiseWorkspace& workspace);                         \
   }

@@ -27,16 +27,18 @@ void pointwise_pack_panel(const void* weight, Dtype dtype, int64_t stride_k, int
 
 template <typename Storage>
 void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const PointwiseUnit& unit,
-                   const PointwiseWorkspace& workspace) {
+                   const PointwiseWorkspace& workspace, const PointwiseEpilogue* epilogue) {
   using Lane = typename Storage::Lane;
   static_assert(alignof(CacheLine) == 64, "pieces of the arena start on cache lines");
   const int64_t stride = tile_stride(words(p.c));
-  Arena arena(plan.tile_rows * (stride + kPanel) + 2 * tile_stride(p.c));
+  Arena arena(plan.tile_rows * (stride + kPanel) + 2 * tile_stride(p.c) + (epilogue == nullptr ? 0 : 2 * tile_stride(p.e)));
   float* tile = arena.take(plan.tile_rows * stride);
   clear_padding(tile, plan.tile_rows, stride);
   float* result = arena.take(plan.tile_rows * kPanel);
   const float* scale = p.bn == nullptr ? nullptr : arena.copy(p.bn, p.c);
   const float* shift = p.bn == nullptr ? nullptr : arena.copy(p.bn + p.c, p.c);
+  const float* out_scale = epilogue == nullptr ? nullptr : arena.copy(epilogue->table, p.e);
+  const float* out_shift = epilogue == nullptr ? nullptr : arena.copy(epilogue->table + p.e, p.e);
   double* mean = workspace.sums == nullptr ? nullptr : workspace.sums + unit.chunk * 3 * plan.padded_columns();
   if (mean != nullptr) {
     for (int i = unit.panel_begin * kPanel; i < unit.panel_end * kPanel; ++i) mean[i] = mean[plan.padded_columns() + i] = 0.0;
@@ -58,15 +60,22 @@ void run_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const Po
       const int column = panel * kPanel, used = least(kPanel, p.e - column);
       multiply_deep(tile, stride, workspace.packed + int64_t{column} * plan.packed_depth, words(p.c), rows, used, result,
                     ahead);
-      store_panel<Storage>(result, rows, used, static_cast<Lane*>(p.y) + row * p.e + column, p.e,
-                           mean == nullptr ? nullptr : mean + column, plan.padded_columns(), row - unit.row_begin);
+      const int64_t at = row * p.e + column;
+      if (epilogue != nullptr) {
+        const Lane* residual = epilogue->residual == nullptr ? nullptr : static_cast<const Lane*>(epilogue->residual) + at;
+        store_activated_panel<Storage>(result, rows, used, static_cast<Lane*>(p.y) + at, p.e, out_scale + column,
+                                       out_shift + column, epilogue->act, residual);
+        continue;
+      }
+      store_panel<Storage>(result, rows, used, static_cast<Lane*>(p.y) + at, p.e, mean == nullptr ? nullptr : mean + column,
+                           plan.padded_columns(), row - unit.row_begin);
     }
   }
 }
 
 void pointwise_unit(const PointwiseParams& params, Dtype dtype, const PointwisePlan& plan, const PointwiseUnit& unit,
-                    const PointwiseWorkspace& workspace) {
-  with_storage(dtype, [&](auto storage) { run_pointwise<decltype(storage)>(params, plan, unit, workspace); });
+                    const PointwiseWorkspace& workspace, const PointwiseEpilogue* epilogue) {
+  with_storage(dtype, [&](auto storage) { run_pointwise<decltype(storage)>(params, plan, unit, workspace, epilogue); });
 }
 
 }  // namespace mnet::cpu::MNET_CPU_NAMESPACE

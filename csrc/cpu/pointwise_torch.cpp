@@ -25,7 +25,7 @@ static std::tuple<at::Tensor, at::Tensor> pointwise(const at::Tensor& x, const a
     pointwise_pack(params, call.dtype, plan, begin, end, workspace.packed, isa);
   });
   at::parallel_for(0, plan.units(), 1, [&](int64_t begin, int64_t end) {
-    pointwise_units(params, call.dtype, plan, begin, end, workspace, isa);
+    pointwise_units(params, call.dtype, plan, begin, end, workspace, nullptr, isa);
   });
   if (moments) pointwise_finish(params, plan, workspace.sums);
   return {call.y, call.moments};

@@ -19,7 +19,7 @@ static bool check(const test::PointwiseCase& shape, Dtype dtype, cpu::Capability
   std::vector<double> workspace(plan.sums_size());
   cpu::pointwise_pack(p, dtype, plan, 0, plan.panels, packed.data(), capability);
   for (int64_t i = plan.units() - 1; i >= 0; --i) {  // any order
-    cpu::pointwise_units(p, dtype, plan, i, i + 1, {packed.data(), workspace.data(), nullptr}, capability);
+    cpu::pointwise_units(p, dtype, plan, i, i + 1, {packed.data(), workspace.data(), nullptr}, nullptr, capability);
   }
   cpu::pointwise_finish(p, plan, workspace.data());
   if (!problem.check_forward(cpu::capability_name(capability), slack)) return false;

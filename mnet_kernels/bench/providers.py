@@ -31,6 +31,7 @@ class Provider(NamedTuple):
 
 BASELINE = "eager"
 AUTO = "auto"  # the mode of each block left to automatic choice
+FOLDED = "cpu/folded"  # fold(model, fused=True)
 NATIVE = {
     p.name: p
     for p in (
@@ -88,7 +89,8 @@ def automatic(device):
 
 
 def parse(names, device):
-    """Providers by name: one of :data:`NATIVE`, ``BACKEND`` (each of its modes) or ``BACKEND/MODE`` (or auto)."""
+    """Providers by name: one of :data:`NATIVE`, :data:`FOLDED`, ``BACKEND`` (each of its modes) or ``BACKEND/MODE`` (or
+    auto)."""
     found = []
     for name in names:
         backend, _, mode = name.partition("/")
@@ -96,12 +98,15 @@ def parse(names, device):
             if name == "cudnn" and torch.device(device).type != "cuda":
                 raise BenchError(f"provider 'cudnn' cannot be measured on {device}: it needs a CUDA card")
             found.append(NATIVE[name])
+        elif name == FOLDED:
+            fused("cpu", device)  # or it says why not
+            found.append(Provider(name, "cpu", folded=True))
         elif backend in backends.NAMES and backend != "native" and mode in ("", AUTO, *backends.MODE_STAGES):
             found += fused(backend, device, mode or None)
         else:
             modes = " or /".join((*backends.MODE_STAGES, AUTO))
             raise BenchError(
-                f"unknown provider {name!r}: expected one of {', '.join(NATIVE)}, or a fused backend "
+                f"unknown provider {name!r}: expected one of {', '.join(NATIVE)}, {FOLDED}, or a fused backend "
                 f"({', '.join(n for n in backends.NAMES if n != 'native')}), alone or with its mode (/{modes})"
             )
     return found
@@ -138,7 +143,7 @@ def fit(module, provider, device, training=True):
     """
     if provider.folded and training:
         raise BenchError(f"provider {provider.name!r} has no batch norm left to train: measure it with --eval")
-    module = (fold(module) if provider.folded else copy.deepcopy(module)).to(device).train(training)
+    module = (_folded(module, provider) if provider.folded else copy.deepcopy(module)).to(device).train(training)
     if provider.channels_last:
         module = module.to(memory_format=torch.channels_last)
     if provider.backend == "native":
@@ -150,6 +155,10 @@ def fit(module, provider, device, training=True):
             if isinstance(m, FusedModule):
                 m.backend, m.mode = provider.backend, provider.mode
     return compiled(module, provider)
+
+
+def _folded(module, provider):
+    return fold(module, fused=provider.backend != "native")
 
 
 def compiled(function, provider):

@@ -65,13 +65,14 @@ def container(module, name, forward):
     return untouched(module, name)
 
 
-def conv(module, kind, name):
-    """A bias-free 1x1 convolution, a depthwise one of 3x3 or 5x5, or a dense 3x3 one of an image; padding k // 2."""
+def conv(module, kind, name, biased=False):
+    """A 1x1 convolution, a depthwise one of 3x3 or 5x5, or a dense 3x3 one of an image; padding k // 2, and a bias only
+    if ``biased``."""
     why = _plain(module, nn.Conv2d, name)
     if why:
         return why
-    if module.bias is not None:
-        return f"{name} has a bias"
+    if (module.bias is not None) is not biased:
+        return f"{name} has {'no' if biased else 'a'} bias"
     if module.dilation != (1, 1):
         return f"{name} is dilated"
     if module.padding_mode != "zeros":

@@ -26,10 +26,12 @@ class _Stages:
         own, namespace = implemented(backend), schema.NAMESPACES[backend]
         for name in schema.NAMES:
             home = namespace if name in own else schema.NAMESPACES["reference"]
-            setattr(self, name, _counted(f"{home}::{name}", getattr(getattr(torch.ops, home), name).default))
+            setattr(self, name, counted(f"{home}::{name}", getattr(getattr(torch.ops, home), name).default))
 
 
-def _counted(label, overload):
+def counted(label, overload):
+    """``overload`` as a callable that is counted while a count is on."""
+
     def call(*args):
         if _counts is not None and not torch.compiler.is_compiling():
             _counts[label] += 1
