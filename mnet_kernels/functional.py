@@ -147,9 +147,7 @@ def separable_sequence(x, blocks, *, stem=None, backend=None, mode=None):
         The last block's output.
     """
     kinds = [tuple(getattr(layer, "kind", type(layer).__name__) for layer in block) for block in blocks]
-    if stem is not None and getattr(stem, "kind", None) != "dense":
-        found = getattr(stem, "kind", type(stem).__name__)
-        raise ValueError(f"separable_sequence: stem must be a ConvBNAct of kind 'dense' or None; got {found}")
+    _check_stem("separable_sequence", stem)
     if not kinds or any(kind != ("depthwise", "pointwise") for kind in kinds):
         raise ValueError(
             f"separable_sequence: blocks must be one or more pairs of ConvBNAct, depthwise then pointwise; got {kinds}"
@@ -207,7 +205,7 @@ def inverted_residual(
     return _run("inverted_residual", x, layers, residual, squeeze_excite, backend, mode)
 
 
-def inverted_residual_sequence(x, blocks, *, backend=None, mode=None):
+def inverted_residual_sequence(x, blocks, *, stem=None, backend=None, mode=None):
     """Several of MobileNetV2/V3's blocks in a row, each of which computes what :func:`inverted_residual` does.
 
     A block in algebraic mode needs mean and covariance of its input's channels.  Here the block before it gathers them
@@ -216,6 +214,8 @@ def inverted_residual_sequence(x, blocks, *, backend=None, mode=None):
     Args:
         x: [N, C, H, W].
         blocks: non-empty sequence of :class:`InvertedResidualParams`.
+        stem: :class:`ConvBNAct` of kind "dense" before them (x and weight as in :func:`stem_conv_bn_act`), whose output
+            the first block reads raw, which must be without an expand layer and without a residual; or None.
         backend, mode: see ``mnet_kernels.backend``.
 
     Returns:
@@ -232,9 +232,22 @@ def inverted_residual_sequence(x, blocks, *, backend=None, mode=None):
             )
     if not blocks:
         raise ValueError("inverted_residual_sequence: blocks is empty, expected at least one InvertedResidualParams")
-    gram = None
+    _check_stem("inverted_residual_sequence", stem)
+    if stem is not None and (len(blocks[0].layers) != 2 or blocks[0].residual):
+        found = "a residual" if blocks[0].residual else "an expand layer"
+        raise ValueError(
+            f"inverted_residual_sequence: blocks[0] has {found}, expected a block without expand layer and residual "
+            "where a stem is given, since its input is never written; call stem_conv_bn_act first"
+        )
+    gram = nodes = None
     for block, follower in zip(blocks, (*blocks[1:], None), strict=True):
-        x, gram = _run_block("inverted_residual", x, *block, backend, mode, gram=gram, follower=follower)
+        layers, residual, excite = block
+        if stem is not None:
+            layers, nodes, stem = (stem, *layers), (1, len(layers)), None
+        x, gram = _run_block(
+            "inverted_residual", x, layers, residual, excite, backend, mode, nodes, gram=gram, follower=follower
+        )
+        nodes = None
     return x
 
 
@@ -268,6 +281,12 @@ def _compute_dtype(x):
     return x.dtype
 
 
+def _check_stem(op, stem):
+    if stem is not None and getattr(stem, "kind", None) != "dense":
+        found = getattr(stem, "kind", type(stem).__name__)
+        raise ValueError(f"{op}: stem must be a ConvBNAct of kind 'dense' or None; got {found}")
+
+
 def _run(*args, **options):
     return _run_block(*args, **options)[0]
 
@@ -289,6 +308,8 @@ def _run_block(op, x, layers, residual, se, backend, mode, nodes=None, pooled=Fa
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")
+        if layers[0].kind == "dense" and len(layers) > 1:
+            note("native::stem_conv_bn_act")
         out = native.block(x, layers, residual, se)
         return native.pool(out) if pooled else out, None
     if layers[0].kind == "dense" and not _fuses_stem(x, layers[0], choice, backend):
@@ -307,7 +328,8 @@ def _run_block(op, x, layers, residual, se, backend, mode, nodes=None, pooled=Fa
         for count in nodes or (len(layers),):
             node, layers = layers[:count], layers[count:]
             raw = len(layers) > 0
-            x, more = _run_node(x, node, residual, se, choice, source, raw, pooled, gram, gives_gram)
+            last = (False, None, False, False) if raw else (residual, se, pooled, gives_gram)
+            x, more = _run_node(x, node, choice, source, raw, gram, *last)
             source = (more, schema.ACTIVATIONS.index(node[-1].activation)) if raw else None
         return x, more
 
@@ -317,8 +339,9 @@ def _takes_gram(follower, x, dtype, layers, se, backend, mode):
     first, (height, width) = follower.layers[0], x.shape[2:]
     if first.kind != "pointwise" or first.bn.group is not None or not first.bn.batch_stats:
         return False
-    stride = layers[-2].stride
-    positions = schema.depthwise_size(height, stride) * schema.depthwise_size(width, stride)
+    for layer in layers:
+        height, width = schema.depthwise_size(height, layer.stride), schema.depthwise_size(width, layer.stride)
+    positions = height * width
     trains = _trains(x, layers, se) or _trains(x, follower.layers, follower.squeeze_excite)
     return choose(x.device, dtype, backend, mode, positions, layers[-1].weight.shape[0], trains).mode == "algebraic"
 
@@ -342,7 +365,7 @@ def _trains(x, layers, se):
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _run_node(x, layers, residual, se, choice, source, raw, pooled, gram, gives_gram):
+def _run_node(x, layers, choice, source, raw, gram, residual, se, pooled, gives_gram):
     """One autograd node; returns its output and, if that is raw, its bn table, or its gram if ``gives_gram``."""
     rows = tuple(
         Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats, c.bn.group)

@@ -77,6 +77,12 @@ def native_calls(counts):
     return sum(n for name, n in counts.items() if name.startswith("native::"))
 
 
+def takes_raw_stem(model):
+    """Whether the first of a V2's or V3's blocks reads the stem's raw output, which is then not written."""
+    block = model.features[1]
+    return not block.use_res_connect and block._roles()[0] is None
+
+
 def written(counts):
     """Maps that blocks wrote, with their gram or without."""
     return counts["mnet_ref::normalize"] + counts["mnet_ref::normalize_gram"]

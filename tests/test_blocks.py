@@ -1,13 +1,16 @@
 """Every public op, in every mode, against torch's own ops in float64: output, every gradient, running statistics."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from blocks import CASES, POINTWISE, Case, Inputs, assert_same, fused_modes, step
+from networks import randomise
 
 import mnet_kernels as mk
 from mnet_kernels import log
+from mnet_kernels.nn.inverted_residual import run_blocks
 
 
 def compare(inputs):
@@ -324,6 +327,40 @@ def test_stem_that_the_next_block_reads_raw(stride):
     got, counts = run("reference")
     assert_same(got, want)
     assert counts["mnet_ref::normalize"] == 1 and counts["mnet_ref::stem"] == 1
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("mode", ["chain", "algebraic"])
+@pytest.mark.parametrize("squeeze_channels", [None, 3])
+def test_stem_that_an_inverted_residual_reads_raw(squeeze_channels, mode, training):
+    """run_blocks does so where the block has no expand layer and no residual: the same as one after the other."""
+    stem = mk.nn.FusedStemConvBNAct(3, 6, 2, activation_layer=torch.nn.Hardswish)
+    first = mk.nn.FusedInvertedResidual(6, 5, 2, 1, squeeze_channels=squeeze_channels)
+    model = torch.nn.Sequential(stem, first, mk.nn.FusedInvertedResidual(5, 5, 1, 3)).double().train(training)
+    randomise(model)
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(3, 3, 21, 18, dtype=torch.float64)
+    leaves = list(model.parameters())
+
+    def run(backend, call, raw):
+        model.load_state_dict(state)
+        with mk.backend(backend, mode), mk.count_stages() as counts:
+            out = call(x)
+        assert counts["mnet_ref::stem"] == (backend == "reference")
+        written = counts["mnet_ref::normalize"] + counts["mnet_ref::normalize_gram"]
+        assert written == (backend == "reference") * (3 - raw)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        named = dict(zip((name for name, _ in model.named_parameters()), grads, strict=True))
+        return {"out": out.detach(), **named, **{k: v.clone() for k, v in model.named_buffers()}}
+
+    want = run("native", model, False)
+    assert all(g.abs().max() > 0 for g in want.values())
+    assert_same(run("reference", lambda x: run_blocks(list(model), x), True), want)
+    for hooked in (stem, first):
+        handle = hooked.register_forward_hook(lambda *_: None)
+        assert_same(run("reference", lambda x: run_blocks(list(model), x), False), want)
+        handle.remove()
+    first.backend = "reference"
+    assert_same(run("reference", lambda x: run_blocks(list(model), x), False), want)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -115,6 +115,7 @@ def test_a_row_of_blocks():
     depthwise = mk.functional.ConvBNAct("depthwise", torch.randn(4, 1, 3, 3), bn, "relu6")
     pointwise = mk.functional.ConvBNAct("pointwise", torch.randn(4, 4, 1, 1), bn, "identity")
     good, x = mk.functional.InvertedResidualParams((depthwise, pointwise)), torch.randn(2, 4, 6, 6)
+    widened = good._replace(layers=(pointwise._replace(activation="relu6"), depthwise, pointwise))
     run = mk.functional.inverted_residual_sequence
     with pytest.raises(ValueError, match="blocks is empty"):
         run(x, [])
@@ -122,6 +123,12 @@ def test_a_row_of_blocks():
         run(x, [good, (depthwise, pointwise)])
     with pytest.raises(ValueError, match=r"blocks\[0\].layers must be .* got \['pointwise', 'depthwise'\]"):
         run(x, [good._replace(layers=(pointwise, depthwise))])
+    image, stem = torch.randn(2, 3, 6, 6), depthwise._replace(kind="dense", weight=torch.randn(4, 3, 3, 3))
+    with pytest.raises(ValueError, match="stem must be a ConvBNAct of kind 'dense' or None; got pointwise"):
+        run(image, [good], stem=pointwise)
+    for block, found in ((good._replace(residual=True), "a residual"), (widened, "an expand layer")):
+        with pytest.raises(ValueError, match=rf"blocks\[0\] has {found}, expected .* stem_conv_bn_act"):
+            run(image, [block], stem=stem)
     with pytest.raises(ValueError, match="residual needs stride 1"):
         run(x, [good, good._replace(layers=(depthwise._replace(stride=2), pointwise), residual=True)])
 

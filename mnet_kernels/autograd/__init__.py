@@ -85,9 +85,9 @@ def autocast_off(device_type):
 class FusedBlock(torch.autograd.Function):
     """``apply(block, on_stats, x, *tensors) -> (out, [bn table if block.raw, or gram,] mean_1, var_1, ...)``.
 
-    ``tensors``: PER_LAYER a layer, then squeeze-excite's four if ``block.excite``, or x's bn table if x is raw, or its
-    gram.  x: [N, C, H, W] in channels_last memory and the storage dtype; weights in any dtype (rounded to the storage
-    dtype here, their gradients come back in their own).  mean and (unbiased) variance of every layer with batch
+    ``tensors``: PER_LAYER a layer, then squeeze-excite's four if ``block.excite``, then x's bn table if x is raw, or
+    its gram.  x: [N, C, H, W] in channels_last memory and the storage dtype; weights in any dtype (rounded to the
+    storage dtype here, their gradients come back in their own).  mean and (unbiased) variance of every layer with batch
     statistics are for the running ones and carry no gradient, nor does a gram: the block that takes it has the gradient
     of x through its statistics in its own formulas.  ``on_stats`` (or None) is called with them before anything is
     saved for backward: there activation checkpointing stops its recomputation, and the running statistics must have

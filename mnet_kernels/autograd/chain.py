@@ -24,7 +24,7 @@ def _image_gradient(dy, x, weight, stride):
 def forward(stage, block, x, layers, weights, extra):
     """Returns (out, saved tensors, [mean, unbiased variance] of every layer with batch statistics).
 
-    ``extra``: squeeze-excite's tensors, or x's bn table if x is raw.  out is (map, bn table) if ``block.raw``, (map,
+    ``extra``: squeeze-excite's tensors, then x's bn table if x is raw.  out is (map, bn table) if ``block.raw``, (map,
     its gram) if ``block.gives_gram``, and [N, C] if ``block.pooled``.
     """
     y, bn, act = _source(block, x, extra)
@@ -32,7 +32,7 @@ def forward(stage, block, x, layers, weights, extra):
     for i, (layer, weight) in enumerate(zip(block.layers, weights, strict=True)):
         if block.excite and i == len(weights) - 1:
             squeezed = stage.squeeze(y, bn, act)
-            gates = [squeezed, *se.gate(block.excite, squeezed[0], extra)]
+            gates = [squeezed, *se.gate(block.excite, squeezed[0], extra[: se.TENSORS])]
             gate = gates[1]
         if layer.kind == "pointwise":
             y, moments = stage.pointwise(y, weight, bn, act, gate, layer.batch_stats)
@@ -61,6 +61,7 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
     the same if x is raw.  If ``block.pooled`` it is [N, C], and no map of gradients is made of it.
     """
     count = len(block.layers)
+    excites = slice(count * PER_LAYER, count * PER_LAYER + se.TENSORS)
     maps, bns, gates = saved[:count], saved[count : 2 * count], saved[2 * count :]
     grads = [None] * (count * PER_LAYER + len(extra))
     gate, offset, dx = None, None, None
@@ -81,7 +82,7 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
         grads[at + 1] = coef[2] if needs[at + 1] else None
         grads[at + 2] = coef[3] if needs[at + 2] else None
         excited = block.excite and i == count - 1
-        below = needs_x or any(needs[:at]) or (excited and any(needs[count * PER_LAYER :]))
+        below = needs_x or any(needs[:at]) or (excited and any(needs[excites]))
         if not (below or needs[at]):
             break
         source, bn, act = (maps[i - 1], bns[i - 1], block.layers[i - 1].act) if i else _source(block, x, extra)
@@ -106,7 +107,8 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
         if excited:
             area = source.shape[2] * source.shape[3]
             gate, y_act = gates[1], act
-            offset, sums, grads[count * PER_LAYER :] = se.backward(block.excite, sums, *gates, extra, area)
+            tensors = extra[: se.TENSORS]
+            offset, sums, grads[excites] = se.backward(block.excite, sums, *gates, tensors, area)
         if i == 0:
             dx = grad
             if block.source_act is not None:

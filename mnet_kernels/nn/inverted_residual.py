@@ -6,7 +6,7 @@ from .. import functional
 from ..params import InvertedResidualParams
 from . import fusable
 from .base import FusedModule
-from .conv_bn_act import FusedConvBNAct, FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct
+from .conv_bn_act import FusedConvBNAct, FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct, FusedStemConvBNAct
 from .squeeze_excite import SqueezeExcite
 
 _BODIES = {"v2": "conv", "v3": "block"}  # layout -> name of the child that holds the layers
@@ -138,31 +138,45 @@ class FusedInvertedResidual(FusedModule, nn.Module):
 def run_blocks(modules, x):
     """Call modules one after another, neighbouring :class:`FusedInvertedResidual` blocks as one op.
 
-    So a block in algebraic mode has the statistics of its input from the block that wrote it.  A block that may not be
-    fused or that somebody may want to see (hooks, a replaced forward, compiled by itself) is called as it is; what it
-    gives, and whatever was done to it, has its statistics gathered anew.
+    So a block in algebraic mode has the statistics of its input from the block that wrote it, and a block without an
+    expand layer reads the raw output of the stem before it.  A block that may not be fused or that somebody may want to
+    see (hooks, a replaced forward, compiled by itself) is called as it is; what it gives, and whatever was done to it,
+    has its statistics gathered anew.
     """
-    run = []
-    for block in modules:
+    run, stem = [], None
+    for block, follower in zip(modules, (*modules[1:], None), strict=True):
         joins = _joins(block)
         if run and not (joins and (block.backend, block.mode) == (run[0].backend, run[0].mode)):
-            x, run = _run_sequence(run, x), []
+            x, run, stem = _run_sequence(run, x, stem), [], None
         if joins:
             run.append(block)
+        elif _gives_raw(block, follower):
+            stem = block
         else:
             x = block(x)
-    return _run_sequence(run, x) if run else x
+    return _run_sequence(run, x, stem) if run else x
 
 
 def _joins(block):
-    if type(block) is not FusedInvertedResidual or block._compiled_call_impl is not None:
+    return type(block) is FusedInvertedResidual and _is_unseen(block)
+
+
+def _is_unseen(module):
+    return module._compiled_call_impl is None and not (fusable.untouched(module, "") or module.why_native())
+
+
+def _gives_raw(stem, block):
+    """Whether the block after a stem may read its raw output."""
+    if type(stem) is not FusedStemConvBNAct or not _is_unseen(stem) or not _joins(block):
         return False
-    return not (fusable.untouched(block, "") or block.why_native())
+    reads_raw = block._roles()[0] is None and not block.use_res_connect
+    return reads_raw and (stem.backend, stem.mode) == (block.backend, block.mode)
 
 
-def _run_sequence(blocks, x):
+def _run_sequence(blocks, x, stem=None):
     params = [block.params() for block in blocks]
-    return functional.inverted_residual_sequence(x, params, backend=blocks[0].backend, mode=blocks[0].mode)
+    layer = None if stem is None else stem.layer()
+    return functional.inverted_residual_sequence(x, params, stem=layer, backend=blocks[0].backend, mode=blocks[0].mode)
 
 
 def _parts(child):
