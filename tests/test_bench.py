@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import mmap
 
 import pytest
 import torch
@@ -258,6 +259,24 @@ def test_saved_bytes():
 # ---- comparing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(memory.resource is None, reason="the system does not tell")
+def test_page_faults():
+    page, kept = memory.resource.getpagesize(), bytearray(1 << 24)
+
+    def fresh():
+        with mmap.mmap(-1, 1000 * page) as pages:
+            for i in range(1000):
+                pages[i * page] = 1
+
+    def again():
+        kept[::page] = bytes(len(kept) // page)
+
+    again()
+    found = memory.page_faults({"fresh": fresh, "again": again})
+    # huge pages need fewer
+    assert found["fresh"] >= 2 and found["again"] < 1000 and found["fresh"] > found["again"]
+
+
 def test_compare_rows():
     block = small_block()
     wanted = providers.parse(["nchw", "reference"], CPU)
@@ -267,6 +286,7 @@ def test_compare_rows():
     assert list(by_name) == ["eager", "eager (again)", "nchw", "reference/chain", "reference/algebraic"]
     for row in rows:
         assert row["q20_ms"] <= row["median_ms"] <= row["q80_ms"] and row["saved_bytes"] > 0
+        assert row["page_faults"] >= 0
     assert by_name["reference/algebraic"]["saved_bytes"] < by_name["eager"]["saved_bytes"]
     assert sum(by_name["eager"]["convolutions"].values()) == 3
     assert "verdict" not in by_name["eager"] and "verdict" in by_name["nchw"]

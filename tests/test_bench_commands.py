@@ -288,6 +288,29 @@ def test_host_cost(tmp_path):
     assert all(row["median_us"] > 0 for row in rows)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_peak_memory(tmp_path):
+    small = ["--batch", "2", "--amp", "off", "--providers", "nchw", "eager", "--json", tmp_path / "rows.json"]
+    done = program(sys.executable, BENCH / "peak_memory.py", *small)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["provider"] for row in rows] == ["nchw", "eager"] and "peak +" in done.stdout
+    assert all(row["peak_bytes"] > row["saved_bytes"] / 2 > 0 for row in rows)
+
+
+def test_curves(scripts):
+    """The paired difference of known values, and its interval by Student's t with 4 degrees of freedom."""
+    curves = pytest.importorskip("curves")
+    mean, half = curves.paired([1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 1.0, 3.0, 3.0, 3.0])
+    assert mean == pytest.approx(1.0) and half == pytest.approx(2.776 * 0.5**0.5 / 5**0.5, rel=1e-3)
+    runs = {"off": {name: [[dict.fromkeys(curves.FIGURES, i + (name == "cpu/chain"))] for i in (1.0, 2.0, 4.0)]
+                    for name in curves.PROVIDERS}}  # fmt: skip
+    lines = curves.table(runs, "off")
+    assert len(lines) == 2 + len(curves.PROVIDERS)
+    assert lines[2] == "| native | 2.3333 | 2.3333 | 2.3333 |"
+    assert "3.3333, +1.0000 ± 0.0000" in next(line for line in lines if line.startswith("| cpu/chain"))
+
+
 def test_parsers_agree_with_the_script():
     """gpu.sh documents the phases that gpu.py has."""
     text = (BENCH / "gpu.sh").read_text()

@@ -159,6 +159,9 @@ def measure(
     with timing.stream(setting.device):
         samples = timing.interleave(calls, clock, **bounds)
     timing.synchronize(setting.device)
+    if setting.device.type == "cpu":
+        for name, faults in memory.page_faults(calls).items():
+            rows[name]["page_faults"] = faults
     base, again = samples.get(baseline), samples.get(baseline + AGAIN)
     noise = statistics.noise_floor(base, again) if base and again else None
     for name, found in samples.items():

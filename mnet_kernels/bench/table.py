@@ -2,7 +2,18 @@
 
 from ..training.metrics import dumps
 
-COLUMNS = ("provider", "median ms", "20 %", "80 %", "speed-up", "95 % interval", "verdict", "saved MB", "first call s")
+COLUMNS = (
+    "provider",
+    "median ms",
+    "20 %",
+    "80 %",
+    "speed-up",
+    "95 % interval",
+    "verdict",
+    "saved MB",
+    "faults",
+    "first call s",
+)
 
 
 def _number(value, digits):
@@ -24,7 +35,7 @@ def _cells(row):
     saved = row.get("saved_bytes")
     return [
         row["provider"], *(_milliseconds(row[k]) for k in ("median_ms", "q20_ms", "q80_ms")), *ratio,
-        _number(saved and saved / 1e6, 1), _number(row.get("first_call_s"), 2),
+        _number(saved and saved / 1e6, 1), _number(row.get("page_faults"), 0), _number(row.get("first_call_s"), 2),
     ]  # fmt: skip
 
 
