@@ -32,7 +32,7 @@ from .log import say_once
 BACKENDS = ("auto", *backends.NAMES)
 MODES = ("auto", "chain", "algebraic")
 # Automatic choice: backends to try on a device, in order.  cuda and triton are taken by name only until their tests
-# have passed on a card: so far they ran on the CPU alone (csrc/tests/cuda_host.h, Triton's interpreter).
+# have passed on a card: so far all of them did on the CPU alone (csrc/tests/cuda_host.h, Triton's interpreter).
 PREFERENCE = {"cpu": ("cpu",)}
 BY_NAME = {"cuda": ("cuda", "triton")}
 
@@ -282,7 +282,7 @@ def _automatic(device, dtype, mode, trains=True):
     by_name = [name for name in BY_NAME.get(device.type, ()) if backends.why_unavailable(name, device) is None]
     if by_name:
         names = " or ".join(f"mnet_kernels.backend({name!r})" for name in by_name)
-        reasons.append(f"the kernels for {device.type} have not been run on a card yet; choose them by name: {names}")
+        reasons.append(f"the kernels for {device.type} have not passed all their tests on a card yet; choose them by name: {names}")
     reason = "; ".join(reasons) or f"no fused backend runs on {device.type}"
     return _native(reason, device, logging.WARNING)
 
