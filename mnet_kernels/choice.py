@@ -282,7 +282,9 @@ def _automatic(device, dtype, mode, trains=True):
     by_name = [name for name in BY_NAME.get(device.type, ()) if backends.why_unavailable(name, device) is None]
     if by_name:
         names = " or ".join(f"mnet_kernels.backend({name!r})" for name in by_name)
-        reasons.append(f"the kernels for {device.type} have not passed all their tests on a card yet; choose them by name: {names}")
+        reasons.append(
+            f"the kernels for {device.type} have not passed all their tests on a card yet; choose them by name: {names}"
+        )
     reason = "; ".join(reasons) or f"no fused backend runs on {device.type}"
     return _native(reason, device, logging.WARNING)
 

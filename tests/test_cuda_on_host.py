@@ -1,6 +1,7 @@
 """The CUDA stages without a card (cuda_on_host.py): the suites of a card and of the CPU, schedules and failures."""
 
 import pytest
+import test_cpu_finalize as tables
 import test_cpu_stages as elementwise
 import test_cpu_stem as stems
 import test_gpu as suite
@@ -128,13 +129,13 @@ def test_nan_and_infinity(bad, dtype):
 def test_tables():
     for affine in ((True, True), (True, False), (False, False)):
         for count in (0, 1, 1000):
-            elementwise.test_finalize(affine, count)
+            tables.test_finalize(affine, count)
     for batch_stats in (True, False):
-        elementwise.test_finalize_backward(batch_stats)
+        tables.test_finalize_backward(batch_stats)
     for dtype in (*DTYPES, torch.float64):
         for momentum in (0.1, None):
-            elementwise.test_update_running_stats(dtype, momentum, strided=True)
-    elementwise.test_update_running_stats_in_inference_mode()
+            tables.test_update_running_stats(dtype, momentum, strided=True)
+    tables.test_update_running_stats_in_inference_mode()
 
 
 def test_strides_batches_and_errors():

@@ -87,8 +87,8 @@ void load_dy(const DepthwiseBackwardParams& p, const Vectors& vectors, const typ
 
 // z = act(bn(x)), rounded, of `count` columns from `x` on.
 template <typename Storage, bool kPartial>
-void load_z(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* x, const typename Storage::Lane* gx, int count, Vec* out,
-            int64_t pitch) {
+void load_z(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* x,
+            const typename Storage::Lane* gx, int count, Vec* out, int64_t pitch) {
   const int64_t next = int64_t{p.w} * p.c;
   const auto fill = [&](auto prologue) {
     for (int j = 0; j < count; ++j) {
@@ -269,7 +269,9 @@ class BackwardUnit {
     Vec* out = tiles_.memory[0].dy[oh % Shape::kRing];
     const int64_t first = column / Shape::kStride - Shape::kLeft;
     constexpr int kCount = Shape::kDyColumns;
-    const int count = columns == Shape::kColumns ? kCount : (columns + Shape::kStride - 1) / Shape::kStride + kCount - Shape::kColumns / Shape::kStride;
+    const int count = columns == Shape::kColumns ? kCount
+                                                 : (columns + Shape::kStride - 1) / Shape::kStride + kCount -
+                                                       Shape::kColumns / Shape::kStride;
     const int begin = static_cast<int>(within<int64_t>(-first, 0, count));
     const int end = static_cast<int>(within<int64_t>(p_.out_w - first, begin, count));
     for (int v = 0; v < vectors_; ++v) {

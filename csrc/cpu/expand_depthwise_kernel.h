@@ -178,7 +178,8 @@ class ExpandDepthwise {
     const Vec* rows[Traits::kKernel];
     for (int i = 0; i < Traits::kKernel; ++i) {
       const int64_t ih = top + i;
-      rows[i] = ih < 0 || MNET_PLANT(16, ih >= p_.h, false) ? ring_.memory + ring_row_ * ring_rows_ * panels_ : ring_row(ring, ih);
+      const bool padding = ih < 0 || MNET_PLANT(16, ih >= p_.h, false);
+      rows[i] = padding ? ring_.memory + ring_row_ * ring_rows_ * panels_ : ring_row(ring, ih);
     }
     for (int column = 0; column < p_.out_w; column += kLongestRun) {
       const int columns = least(kLongestRun, p_.out_w - column);

@@ -48,7 +48,8 @@ void run_mix(const ExpandMixParams& p, int64_t chunk, const float* packed) {
         const Vec v = load_vec(constant + column + c);
         for (int i = 0; i < rows; ++i) {
           const int64_t at = (row + i) * p.c + column + c;
-          Vec value = load_map<Storage, kPartial>(partial_dx + at, valid) + load_vec(result + i * kPanel + c) + MNET_PLANT(14, v, Vec{});
+          const Vec product = load_vec(result + i * kPanel + c) + MNET_PLANT(14, v, Vec{});
+          Vec value = load_map<Storage, kPartial>(partial_dx + at, valid) + product;
           if (residual != nullptr) value = value + load_map<Storage, kPartial>(residual + at, valid);
           store_map<Storage, kPartial>(dx + at, value, valid);
         }

@@ -26,9 +26,9 @@ PointwiseParams of_weight(const at::Tensor& weight) {
 at::Tensor empty_floats(int64_t size, const at::Tensor& like) { return at::empty({size}, like.options().dtype(at::kFloat)); }
 
 const float* check_packed(const char* op, const at::Tensor& packed, int64_t size) {
-  TORCH_CHECK(packed.device().is_cpu() && packed.scalar_type() == at::kFloat && packed.is_contiguous() && packed.numel() == size,
-              op, ": packed has ", packed.numel(), " values of ", packed.scalar_type(), ", expected ", size,
-              " of float32: what folded_pack gave for this weight in this process");
+  const bool floats = packed.device().is_cpu() && packed.scalar_type() == at::kFloat && packed.is_contiguous();
+  TORCH_CHECK(floats && packed.numel() == size, op, ": packed has ", packed.numel(), " values of ", packed.scalar_type(),
+              ", expected ", size, " of float32: what folded_pack gave for this weight in this process");
   return packed.const_data_ptr<float>();
 }
 

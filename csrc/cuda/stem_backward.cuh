@@ -140,7 +140,9 @@ MNET_DEVICE void multiply_row(const Pack<typename Traits::T>* dy, int row, const
       MNET_UNROLL
       for (int m = 0; m < Traits::kTilesM; ++m) {
         MNET_UNROLL
-        for (int half = 0; half < 2; ++half) d[m][half] = value_at<Tile>(dy, m * 16 + g + half * 8, row * StemTile::kW + output);
+        for (int half = 0; half < 2; ++half) {
+          d[m][half] = value_at<Tile>(dy, m * 16 + g + half * 8, row * StemTile::kW + output);
+        }
       }
       MNET_UNROLL
       for (int n = 0; n < Traits::kTilesN; ++n) {

@@ -140,18 +140,22 @@ def load_upstream(
     return operand(dy, y.dtype.element_ty)
 
 
-# ---- moments: of short runs about one of their own values, merged by Chan's formula -------------------------------
+# ---- moments: of short runs about a value near their mean, merged by Chan's formula -------------------------------
 
 
 @triton.jit
-def first_row(v):
-    """Row 0 of a tile."""
-    return tl.sum(tl.where(tl.arange(0, v.shape[0])[:, None] == 0, v, 0.0), 0)
+def near_mean(v, valid, count):
+    """The mean of a tile's ``count`` valid rows, nearly: the value itself where they are all the same."""
+    first = tl.sum(tl.where(tl.arange(0, v.shape[0])[:, None] == 0, v, 0.0), 0)
+    return first + tl.sum(tl.where(valid, v - first[None, :], 0.0), 0) / count
 
 
 @triton.jit
 def from_shifted(count, shift, sum1, sum2):
-    """(mean, M2) of ``count`` values from the sums of their distances from ``shift``, which is one of them."""
+    """(mean, M2) of ``count`` values from the sums of their distances from ``shift``.
+
+    The closer that is to their mean, the less is lost; a constant run has it exactly.
+    """
     delta = sum1 / count
     m2 = sum2 - sum1 * delta
     return shift + delta, tl.where(m2 < 0.0, 0.0, m2)

@@ -15,12 +15,12 @@ from .combine import combine_moments, combine_sums
 from .device import (
     activate,
     chunk_rows,
-    first_row,
     from_shifted,
     load_operand,
     load_upstream,
     masked,
     merge,
+    near_mean,
     normalized,
     operand,
     rounded,
@@ -83,9 +83,9 @@ def pointwise_kernel(
         tl.store(y + row * outputs + (p[:, None] * outputs + e[None, :]), stored, mask=valid)
         if MOMENTS:
             v = rounded(acc, y.dtype.element_ty)
-            shift = first_row(v)
-            d = tl.where(valid, v - shift[None, :], 0.0)
             added = tl.minimum(end - row, BLOCK_P).to(tl.float32)
+            shift = near_mean(v, valid, added)
+            d = tl.where(valid, v - shift[None, :], 0.0)
             run_mean, run_m2 = from_shifted(added, shift, tl.sum(d, 0), tl.sum(d * d, 0))
             count, mean, m2 = merge(count, mean, m2, added, run_mean, run_m2)
     if MOMENTS:
