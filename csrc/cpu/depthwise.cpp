@@ -21,7 +21,7 @@ DepthwisePlan plan_depthwise(const DepthwiseParams& p) {
   const int64_t per_row = int64_t{p.out_w} * std::min<int64_t>(p.c, DepthwisePlan::kChannelBlock);
   int64_t rows = std::max<int64_t>(1, kUnitOutputs / per_row);
   if (rows >= p.out_h) {
-    rows = rows / p.out_h * p.out_h;  // whole images: no row is read twice
+    rows = divide_up(p.n, divide_up(p.n, rows / p.out_h)) * p.out_h;  // whole images: no row is read twice; equally many
   } else {
     rows = divide_up(p.out_h, divide_up(p.out_h, rows));  // equal parts of an image
   }

@@ -26,7 +26,7 @@ DepthwiseBackwardPlan plan_depthwise_backward(const DepthwiseBackwardParams& p) 
   const int64_t per_row = int64_t{p.w} * std::min(p.c, plan.channels);
   int64_t rows = std::max<int64_t>(1, kUnitInputs / per_row);
   if (rows >= p.h) {
-    rows = rows / p.h * p.h;  // whole images: no row is rebuilt
+    rows = divide_up(p.n, divide_up(p.n, rows / p.h)) * p.h;  // whole images, so that no row is rebuilt; equally many
   } else {
     rows = divide_up(p.h, divide_up(p.h, rows));  // equal parts of an image
   }

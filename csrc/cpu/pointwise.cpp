@@ -9,16 +9,18 @@ namespace mnet::cpu {
 
 namespace {
 
-// A multiple of every capability's block of rows (6 and 14).  Longer tiles would save passes over the packed weight and the
+// A multiple of every capability's block of rows (6, and kRowBlock of most).  Longer tiles would save passes over the packed weight and the
 // weight gradient, but lose more: panels of results and the depth's part of the tile leave the first-level cache.
 constexpr int kTileRows = 42;
-constexpr int kAmxTileRows = 96;  // of blocks of 32
+constexpr int kRowBlock = 14;
+constexpr int kAmxTileRows = 96;
+constexpr int kAmxRowBlock = 32;
 constexpr int kAmxRows = 16;      // of a register, to which the depth is padded
 
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kChunkRows = 168;          // at least
 constexpr int64_t kBackwardChunkRows = 336;  // each leaves a weight gradient behind
-constexpr int64_t kUnitsPerThread = 4;           // of several threads; below, the columns are split as well
+constexpr int64_t kUnitsPerThread = 4;           // where the chunks are uneven; below, the columns are split as well
 constexpr int kMinBlockColumns = 64;             // a block repeats the element-wise work on the tile's input
 constexpr int64_t kPartialFloats = 2 << 20;      // all parts of a weight gradient together, where 4 chunks allow
 
@@ -39,10 +41,14 @@ PointwisePlan make_plan(int64_t positions, int depth, int columns, int64_t chunk
   plan.columns = columns;
   plan.panel = capability >= Capability::kAvx512 ? 32 : 16;
   plan.panels = static_cast<int>(divide_up(columns, plan.panel));
-  const int64_t tiles = divide_up(positions, plan.tile_rows);
-  plan.rows_per_chunk = std::max(divide_up(chunk_rows, plan.tile_rows), divide_up(tiles, max_chunks)) * plan.tile_rows;
+  // Chunks of the same length, and a multiple of four of them: two or four threads then have the same to do.
+  const int64_t most = std::min(max_chunks, std::max<int64_t>(1, positions / chunk_rows));
+  const int64_t wanted = most > 4 ? most / 4 * 4 : most;
+  const int64_t block = amx ? kAmxRowBlock : kRowBlock;
+  plan.rows_per_chunk = std::max<int64_t>(1, divide_up(divide_up(positions, wanted), block)) * block;
   plan.chunks = divide_up(positions, plan.rows_per_chunk);
-  const int64_t wished = threads == 1 ? 1 : divide_up(kUnitsPerThread * threads, std::max<int64_t>(1, plan.chunks));
+  const bool even = plan.chunks % threads == 0;  // every thread has as many
+  const int64_t wished = even ? 1 : divide_up(kUnitsPerThread * threads, std::max<int64_t>(1, plan.chunks));
   const int64_t fewest = kMinBlockColumns / plan.panel;
   plan.panels_per_block = static_cast<int>(std::max(fewest, divide_up(plan.panels, wished)));
   plan.blocks = static_cast<int>(divide_up(plan.panels, plan.panels_per_block));

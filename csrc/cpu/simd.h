@@ -11,7 +11,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <new>
 
 #if defined(MNET_CPU_F16C)
 #include <immintrin.h>
@@ -19,6 +18,7 @@
 
 #include "../common/params.h"
 #include "../common/portability.h"
+#include "scratch.h"
 
 namespace mnet::cpu::MNET_CPU_NAMESPACE {
 
@@ -216,13 +216,13 @@ MNET_HD void add_lanes(double* to, Vec v, int valid) {
   }
 }
 
-// Uninitialised memory of a unit, aligned for T.
+// Uninitialised memory of a unit, aligned for T; several end in the reverse order of their beginning.
 template <typename T>
 struct Scratch {
-  static constexpr std::align_val_t kAlignment{alignof(T)};
+  static_assert(alignof(T) <= kScratchAlignment, "scratch memory is aligned to cache lines");
   T* memory;
-  explicit Scratch(int64_t count) : memory(static_cast<T*>(::operator new(sizeof(T) * count, kAlignment))) {}
-  ~Scratch() { ::operator delete(memory, kAlignment); }
+  explicit Scratch(int64_t count) : memory(static_cast<T*>(scratch_take(sizeof(T) * count))) {}
+  ~Scratch() { scratch_give(memory); }
   Scratch(const Scratch&) = delete;
 };
 

@@ -16,10 +16,10 @@ from . import configs
 from .combine import combine_moments, combine_sums
 from .device import (
     activate,
+    first_row,
     from_shifted,
     masked,
     merge,
-    near_mean,
     normalized,
     put,
     rounded,
@@ -104,7 +104,9 @@ def depthwise_kernel(
         end = tl.minimum(begin + strip, out_height)
         left = (unit % columns) * BLOCK_W
         column = left + tl.arange(0, BLOCK_W)
-        origin = tl.zeros((BLOCK_C,), tl.float32)  # of the strip's moments: near the mean of its first row
+        origin = tl.zeros(
+            (BLOCK_C,), tl.float32
+        )  # of the strip's moments: one of its values (for their mean k = 5 lacks the registers)
         sum1 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
         sum2 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
         acc = tiles(LIVE, BLOCK_W, BLOCK_C)
@@ -128,7 +130,7 @@ def depthwise_kernel(
                 if MOMENTS:
                     v = rounded(acc[0], y.dtype.element_ty)
                     if row == begin:
-                        origin = near_mean(v, valid, tl.minimum(out_width - left, BLOCK_W).to(tl.float32))
+                        origin = first_row(v)
                     d = tl.where(valid, v - origin[None, :], 0.0)
                     sum1 += d
                     sum2 += d * d

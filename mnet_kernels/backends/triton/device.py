@@ -140,13 +140,19 @@ def load_upstream(
     return operand(dy, y.dtype.element_ty)
 
 
-# ---- moments: of short runs about a value near their mean, merged by Chan's formula -------------------------------
+# ---- moments: of short runs about one of their values or near their mean, merged by Chan's formula -----------------
+
+
+@triton.jit
+def first_row(v):
+    """Row 0 of a tile."""
+    return tl.sum(tl.where(tl.arange(0, v.shape[0])[:, None] == 0, v, 0.0), 0)
 
 
 @triton.jit
 def near_mean(v, valid, count):
     """The mean of a tile's ``count`` valid rows, nearly: the value itself where they are all the same."""
-    first = tl.sum(tl.where(tl.arange(0, v.shape[0])[:, None] == 0, v, 0.0), 0)
+    first = first_row(v)
     return first + tl.sum(tl.where(valid, v - first[None, :], 0.0), 0) / count
 
 
