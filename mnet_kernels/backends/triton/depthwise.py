@@ -104,9 +104,7 @@ def depthwise_kernel(
         end = tl.minimum(begin + strip, out_height)
         left = (unit % columns) * BLOCK_W
         column = left + tl.arange(0, BLOCK_W)
-        origin = tl.zeros(
-            (BLOCK_C,), tl.float32
-        )  # of the strip's moments: one value (k = 5 lacks registers for a mean)
+        origin = tl.zeros((BLOCK_C,), tl.float32)  # of the strip: one value (k = 5 lacks registers for a mean)
         sum1 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
         sum2 = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
         acc = tiles(LIVE, BLOCK_W, BLOCK_C)
