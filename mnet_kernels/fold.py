@@ -34,7 +34,7 @@ def fold(model, *, fused=False):
 
     Args:
         model: an nn.Module, accelerated or not; it is left as it is.
-        fused: whether blocks run fused on the CPU, which is the faster by about a half for V2.
+        fused: whether blocks run fused on the CPU.
 
     Returns:
         The copy: the same outputs as ``model.eval()`` up to rounding; parameters require no gradient.
