@@ -1,4 +1,4 @@
-"""The phases that run other programs: build, test, sanitize."""
+"""The phases around the measurements: build, test, sanitize, tune."""
 
 import json
 import os
@@ -9,6 +9,11 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import torch
+
+from mnet_kernels import backends
+from mnet_kernels.backends.triton import measured
+from mnet_kernels.bench import tune_problems, tuning
 from mnet_kernels.bench.environment import ROOT
 
 TOOLS = ("memcheck", "racecheck")
@@ -137,3 +142,35 @@ def sanitize(session):
         found = {None: "out of time", SANITIZER_FOUND: "errors found"}.get(code, f"exit code {code}")
         session.results.add(key, error=found, seconds=seconds, summary=_tail(log, 10))
         session.fail(tool, f"{found}; see {log}")
+
+
+def tune(session):
+    """What ``python -m mnet_kernels.tune`` does, into OUT_DIR/tune: with MNET_TUNE_DIR=OUT_DIR/tune it is used."""
+    device, args = session.device, session.args
+    why = backends.why_unavailable("triton", device)
+    if why or device.type != "cuda":
+        why = why or "it needs a CUDA card"
+        session.say(f"tune is skipped: {why}")
+        session.results.add({"part": "tune"}, skipped=why)
+        return
+    card, capability = backends.triton.card(device)
+    file = Path(args.out) / "tune" / measured.path(card).name
+    known = tune_problems.layers(args.models, args.resolution)
+    for kernel, shape, size in tuning.table_keys():
+        key = {"part": "tune", "kernel": kernel, "shape": shape, "bytes": size}
+        if session.results.find(key):
+            continue
+        name = f"{kernel} {shape} {size}"
+        if not session.time_for(name, 30):
+            return
+
+        def search(key=key, row=(kernel, shape, size)):
+            dtypes = [torch.float32 if row[2] == 4 else torch.bfloat16]
+            layers = tune_problems.of_class(*row[:2], known)
+            outcome = tuning.tune(row, layers, device, card, capability, dtypes, batch=args.batch, seconds=args.seconds)
+            tuning.write(file, {row: outcome}, card, capability)
+            session.say(tuning.table({row: outcome}).splitlines()[-1])
+            found = outcome._asdict() | {k: getattr(outcome, k)._asdict() for k in ("before", "after")}
+            session.results.add(key, **found)
+
+        session.part(name, search)

@@ -2,6 +2,8 @@
 
     python bench/curves.py --json bench/results/curves.json
 
+Called again with the same FILE it goes on where it stopped, or with more --seeds.
+
 Every provider starts from the same weights and sees the same batches; rounding alone differs, and training amplifies
 it.  How much is chance shows in `native, nchw`: plain torch in another memory layout, whose rounding differs as well.
 """
@@ -64,6 +66,21 @@ def table(runs, amp):
     return lines
 
 
+def earlier(path, header, args):
+    """The runs of an existing file of the same sources, machine and settings, whole seeds only; {} without one."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    for name, have, want in (
+        ("sources or machine", environment.identity(found["header"]), environment.identity(header)),
+        ("model and steps", [found["model"], found["steps"]], [args.model, args.steps]),
+    ):
+        if have != json.loads(json.dumps(want)):
+            sys.exit(f"{path} has other {name}: {have}, here {want}; write to another file")
+    return found["runs"]
+
+
 def main():
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -75,14 +92,16 @@ def main():
     args = parser.parse_args()
     if args.seeds < 2 or args.steps < STEPS or args.steps % STEPS:
         parser.error(f"--seeds must be at least 2, and --steps a multiple of {STEPS}")
-    runs = {amp: {name: [] for name in PROVIDERS} for amp in args.amp}
+    path, header = Path(args.json), environment.header("cpu")
+    runs = earlier(path, header, args)
     for amp in args.amp:
-        for seed in range(args.seeds):
+        done = runs.setdefault(amp, {name: [] for name in PROVIDERS})
+        for seed in range(min(map(len, done.values())), args.seeds):
             for name, options in PROVIDERS.items():
                 runs[amp][name].append(train(seed, amp, options, args))
+            document = {"header": header, "model": args.model, "steps": args.steps, "runs": runs}
+            path.write_text(json.dumps(document, indent=1) + "\n")  # a run of hours keeps what it has
             print(f"amp {amp}, seed {seed} done", file=sys.stderr, flush=True)
-    document = {"header": environment.header("cpu"), "model": args.model, "steps": args.steps, "runs": runs}
-    Path(args.json).write_text(json.dumps(document, indent=1) + "\n")
     for amp in args.amp:
         print("\n".join(table(runs, amp)), end="\n\n")
 

@@ -18,6 +18,7 @@ PHASES = {
     "build": commands.build,
     "test": commands.test,
     "sanitize": commands.sanitize,
+    "tune": commands.tune,
     "stages": measure.stages,
     "blocks": measure.blocks,
     "models": measure.models,

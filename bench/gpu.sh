@@ -6,6 +6,7 @@
 # build     compile the extension in place (no isolation, no network)
 # test      the tests that need a card: pytest -m gpu
 # sanitize  the compiled stages under compute-sanitizer: memcheck, racecheck
+# tune      Triton's configurations on this card, into OUT_DIR/tune: MNET_TUNE_DIR=OUT_DIR/tune makes the later phases use them
 # stages    single stages against the torch layers they stand for
 # blocks    whole blocks: plain torch in its forms, and the fused backends that are whole
 # models    whole models, training steps

@@ -6,7 +6,7 @@ import torch
 
 from . import backends, schema
 from ._version import __version__
-from .backends import compiled
+from .backends import compiled, triton
 from .backends.triton import configs, measured
 
 
@@ -38,7 +38,7 @@ def build_info():
 def _tuned():
     found = {}
     for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_name(i)
-        rows = configs.of_card(card, torch.cuda.get_device_capability(i))
+        card, capability = triton.card(i)
+        rows = configs.of_card(card, capability)
         found[card] = {"file": str(measured.path(card)), "rows": len(rows)}
     return found

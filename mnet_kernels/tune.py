@@ -54,7 +54,7 @@ def _cards():
     if not torch.cuda.is_available():
         return [(None, capability) for capability in CAPABILITIES]
     every = range(torch.cuda.device_count())
-    return list(dict.fromkeys((torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in every))
+    return list(dict.fromkeys(backends.triton.card(i) for i in every))
 
 
 def _plan(args, keys):
@@ -90,7 +90,7 @@ def run(args):
     why = backends.why_unavailable("triton", device)
     if why:
         raise BenchError(f"backend 'triton': {why}")
-    card, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    card, capability = backends.triton.card(device)
     file = args.out or measured.path(card)
     known, outcomes = tune_problems.layers(), {}
     for key in keys:

@@ -11,7 +11,8 @@ import torch
 from bench_runs import CPU, SETTING
 
 import mnet_kernels
-from mnet_kernels.bench import __main__, compare, host, timing
+from mnet_kernels.backends.triton import configs
+from mnet_kernels.bench import BenchError, __main__, compare, host, timing, tuning
 from mnet_kernels.bench.subjects import Block
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -121,7 +122,7 @@ def test_a_phase_out_of_time(scripts, tmp_path, capsys):
     assert "call again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("phase", ["build", "test", "sanitize", "stages", "blocks", "models"])
+@pytest.mark.parametrize("phase", ["build", "test", "sanitize", "tune", "stages", "blocks", "models"])
 def test_without_a_card(phase, scripts, tmp_path, monkeypatch, capsys):
     import gpu
 
@@ -136,6 +137,40 @@ def session(scripts, tmp_path, phase, budget=100.0):
 
     args = gpu.build_parser().parse_args([phase, str(tmp_path), "--device", "cpu", "--budget", str(budget)])
     return Session(args)
+
+
+def test_the_tune_phase(scripts, tmp_path, monkeypatch):
+    """Row by row, going on where it stopped; what fails is said and the rest is searched."""
+    import commands
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    asked = []
+
+    def tune(key, layers, device, card, capability, dtypes, **options):
+        asked.append(key)
+        if key == ("depthwise", "k5", 4):
+            raise BenchError("no such kernel")
+        assert layers and dtypes == [torch.float32 if key[2] == 4 else torch.bfloat16] and options["batch"] == 64
+        row = configs.lookup(*key, capability)
+        return tuning.Outcome(row, row._replace(warps=16) if key == ("gram", "wide", 2) else row, 2.0, 1.0, 9, 0, 0)
+
+    def run():
+        found = session(scripts, tmp_path, "tune")
+        found.device, found.args.batch, found.args.seconds, found.args.resolution = torch.device("cuda"), 64, 1.0, 224
+        commands.tune(found)
+        return found
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setattr(commands.backends, "why_unavailable", lambda name, device: "no triton")
+    assert run().results.rows == [{"key": {"part": "tune"}, "skipped": "no triton"}] and not asked
+    monkeypatch.setattr(commands.backends, "why_unavailable", lambda name, device: None)
+    assert run().failed == ["depthwise k5 4"] and sorted(asked) == sorted(tuning.table_keys())
+    (file,) = (tmp_path / "tune").iterdir()
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["kernel"], row["shape"], row["bytes"], row["config"]["warps"]) == ("gram", "wide", 2, 16)
+    del asked[:]
+    assert len(run().results.rows) == 1 + len(tuning.table_keys()) - 1 and asked == [("depthwise", "k5", 4)]
 
 
 def test_the_test_phase_counts(scripts, tmp_path, monkeypatch):
@@ -311,8 +346,28 @@ def test_curves(scripts):
     assert "3.3333, +1.0000 ± 0.0000" in next(line for line in lines if line.startswith("| cpu/chain"))
 
 
+def test_curves_go_on(scripts, tmp_path, monkeypatch, capsys):
+    curves, path, seen = pytest.importorskip("curves"), tmp_path / "curves.json", []
+
+    def train(seed, amp, options, args):
+        seen.append(seed)
+        return [dict.fromkeys(curves.FIGURES, float(seed))]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["curves.py", "--amp", "off", "--json", str(path), *arguments])
+        del seen[:]
+        curves.main()
+        return sorted(set(seen)), len(seen) // len(curves.PROVIDERS)
+
+    monkeypatch.setattr(curves, "train", train)
+    assert run("--seeds", "2") == ([0, 1], 2) and run("--seeds", "4") == ([2, 3], 2)
+    assert "| native | 1.5000 | 1.5000 | 1.5000 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has other model and steps: ..v2., 200., here"):
+        run("--steps", "400")
+
+
 def test_parsers_agree_with_the_script():
     """gpu.sh documents the phases that gpu.py has."""
     text = (BENCH / "gpu.sh").read_text()
-    for phase in ("build", "test", "sanitize", "stages", "blocks", "models"):
+    for phase in ("build", "test", "sanitize", "tune", "stages", "blocks", "models"):
         assert f"# {phase} " in text

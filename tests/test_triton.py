@@ -20,10 +20,21 @@ if backends.triton.why_missing():
     pytest.skip(backends.triton.why_missing(), allow_module_level=True)
 
 triton = pytest.importorskip("triton")
+from triton import language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mnet_kernels.backends.triton import combine, configs, depthwise, finalize, launch, normalize, pointwise  # noqa: E402
+from mnet_kernels.backends.triton import (  # noqa: E402
+    combine,
+    configs,
+    depthwise,
+    finalize,
+    gram,
+    launch,
+    normalize,
+    pointwise,
+    stem,
+)  # fmt: skip
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -54,7 +65,7 @@ def test_without_triton_no_stage_is_implemented(monkeypatch):
 
 
 def test_the_truth_about_the_device(monkeypatch):
-    assert backends.implemented("triton") == backends.MODE_STAGES["chain"]
+    assert backends.implemented("triton") >= backends.MODE_STAGES["chain"] | backends.STEM_STAGES
     assert "runs on cuda tensors" in backends.why_unavailable("triton", CPU)
     cuda = torch.device("cuda", 0)
     for capability, why in (((7, 5), "needs? compute capability 8.0.*7.5"), ((8, 0), None), ((9, 0), None)):
@@ -97,7 +108,11 @@ PLANTED = {
     "halo": ("depthwise.py", "row * STRIDE - PAD + i, column", "row * STRIDE - PAD + i + 1, column", "depthwise-"),
     "padding": ("depthwise.py", "v = tl.where(valid, z, 0.0)", "v = z", "depthwise-"),
     "twice": ("depthwise.py", "own = tl.where(row >= begin, dy, 0.0)", "own = dy", "depthwise_backward-"),
-    "mask": ("pointwise.py", "d = tl.where(valid, v - shift[None, :], 0.0)", "d = v - shift[None, :]", "pointwise-"),
+    "mask": ("device.py", "d = tl.where(valid, v - shift[None, :], 0.0)", "d = v - shift[None, :]", "pointwise-"),
+    "border": ("stem.py", "% out_width * STRIDE - 1", "% out_width * STRIDE", "stem-"),
+    "tail": ("gram.py", "left = tl.where(valid, v - centre_i[None, :], 0.0)", "left = v - centre_i[None, :]", "gram-"),
+    "drift": ("gram.py", "centre_j - mean_j + rest_j", "centre_j - mean_i + rest_j", "gram-"),
+    "expanded": ("depthwise.py", "return tl.where(valid, z, 0.0)", "return z", "expand_depthwise-"),
     "chunk": ("device.py", "tl.minimum(begin + rows, (segment", "tl.minimum(begin + rows - 1, (segment", "pointwise-"),
 }
 
@@ -117,13 +132,15 @@ def test_a_planted_bug_is_noticed(bug, tmp_path):
 # ---- compiled ahead of time -----------------------------------------------------------------------------------------
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}  # of a block; 8.0's rows also serve 8.6 and 8.9, which have 99 KiB
+# of a block; 8.0's rows also serve 8.6 and 8.9, which have 99 KiB
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, "gfx942": 64 * 1024}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FLOAT32 = {
+    "shift", "expand_shift", "means", "products", "gram", "out_mean",
     "bn", "y_bn", "coef", "gate", "offset", "partials", "sum_partials", "dw_partials", "moments", "gamma", "beta",
     "sums", "running_mean", "running_var", "mean", "var",
 }  # fmt: skip
-MAPS = {"x", "weight", "y", "grad", "gx", "residual"}
+MAPS = {"x", "weight", "expand_weight", "y", "grad", "gx", "dy", "residual"}
 
 
 def compiled(kernel, constants, dtype, arch, warps, stages):
@@ -144,17 +161,23 @@ def compiled(kernel, constants, dtype, arch, warps, stages):
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in pointers}
     )
     options = {"num_warps": warps, "num_stages": stages, **launch.FIXED}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=options)
 
 
 def check(binary, arch, tmp_path):
+    assert binary.metadata.shared <= SHARED_LIMIT[arch]
+    if isinstance(arch, str):
+        # what is called a spill of scalar registers goes to vector registers' lanes
+        usage = dict(re.findall(r"\.(vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", binary.asm["amdgcn"]))
+        assert usage == {"vgpr_spill_count": "0", "private_segment_fixed_size": "0"}
+        return
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     command = [BIN / "cuobjdump", "--dump-resource-usage", cubin]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert re.search(r"REG:\d+", usage), usage
     assert re.findall(r"STACK:(\d+)", usage) == ["0"] and re.findall(r"LOCAL:(\d+)", usage) == ["0"], usage
-    assert binary.metadata.shared <= SHARED_LIMIT[arch]
 
 
 def row_options(row, *names):
@@ -186,10 +209,31 @@ def pointwise_variant(kernel, shape, row, dtype, gated):
 def depthwise_variant(kernel, shape, row, dtype, stride):
     blocks, warps, stages = row_options(row, "BLOCK_W", "BLOCK_C")
     flags = {"ALIGN": 8, "ACT": 3, "NORMALIZED": True, "KERNEL": int(shape[1:]), "STRIDE": stride, **blocks}
-    if kernel == "depthwise":
-        return depthwise.depthwise_kernel, flags | {"MOMENTS": True}, warps, stages
+    if kernel != "depthwise_backward":
+        expanded = kernel == "expand_depthwise"
+        flags |= {"MOMENTS": True, "EXPANDED": expanded, "ALIGN_IN": 8, "BLOCK_K": row.depth}
+        flags["PRECISION"] = "tf32" if dtype == torch.float32 and stride == 1 else "ieee"
+        unused = {} if expanded else {"expand_shift": None, "expand_weight": None}
+        return depthwise.depthwise_kernel, flags | unused, warps, stages
     flags |= {"Y_ACT": 3, "GATED": True, "OFFSET": True, "RESIDUAL": False, "residual": None}
     return depthwise.depthwise_backward_kernel, flags | {"NEEDS_DX": True, "NEEDS_DW": True}, warps, stages
+
+
+def stem_variant(kernel, shape, row, dtype, stride):
+    names = ("BLOCK_P", "BLOCK_E", "BLOCK_T") if kernel == "stem" else ("BLOCK_E", "BLOCK_T", "BLOCK_P")
+    blocks, warps, stages = row_options(row, *names)
+    flags = {"ALIGN_OUT": 16, "STRIDE": stride, "PRECISION": "ieee" if dtype != torch.float32 else "tf32", **blocks}
+    if kernel == "stem":
+        return stem.stem_kernel, flags | {"MOMENTS": True}, warps, stages
+    return stem.stem_backward_kernel, flags | {"Y_ACT": 3, "NEEDS_DY": True, "NEEDS_DW": True}, warps, stages
+
+
+def gram_variant(kernel, shape, row, dtype, normalized):
+    blocks, warps, stages = row_options(row, "BLOCK_P", "BLOCK_C")
+    flags = {"ALIGN": 8, "ACT": 3 if normalized else 0, "NORMALIZED": normalized, "RESIDUAL": normalized, **blocks}
+    # one block is what occurs (up to 64 channels); of several, the variant that reads a map
+    unused = {} if normalized else {"bn": None, "residual": None, "out": None}
+    return gram.gram_kernel, flags | {"ONE_BLOCK": normalized, "PRECISION": "tf32x3"} | unused, warps, stages
 
 
 def elementwise_variant(kernel, shape, row, dtype, function):
@@ -201,17 +245,22 @@ def elementwise_variant(kernel, shape, row, dtype, function):
 VARIANTS = {
     "pointwise": (pointwise_variant, (False, True)),
     "depthwise": (depthwise_variant, (1, 2)),
+    "expand": (depthwise_variant, (1, 2)),
+    "stem": (stem_variant, (1, 2)),
+    "gram": (gram_variant, (False, True)),
     "elementwise": (
         elementwise_variant,
         (normalize.normalize_kernel, normalize.normalize_backward_kernel, normalize.squeeze_kernel),
     ),
 }
+ARCHITECTURES = {(8, 0): 80, (9, 0): 90, configs.AMD: "gfx942"}
+# A row serves both 16-bit dtypes; of float16 the oldest cards' are enough.
 ROWS = [
-    (kernel, shape, dtype, capability[0] * 10, i)
+    (kernel, shape, dtype, ARCHITECTURES[capability], i)
     for kernel, shape, size, capability in configs.TABLE
     for dtype in NAMES
     for i in range(len(VARIANTS[kernel.split("_")[0]][1]))
-    if capability > (0, 0) and size == dtype.itemsize
+    if capability > (0, 0) and size == dtype.itemsize and (dtype != torch.float16 or capability == (8, 0))
 ]
 # By default one variant of every kernel in bfloat16; everything else is slow.
 DEFAULT = [
@@ -227,9 +276,14 @@ def mark(row):
 
 @pytest.mark.parametrize("kernel, shape, dtype, arch, variant", [mark(row) for row in ROWS])
 def test_every_row_of_the_table_compiles_without_spills(kernel, shape, dtype, arch, variant, tmp_path):
-    row = configs.lookup(kernel, shape, dtype.itemsize, (arch // 10, 0))
+    if arch == "gfx942" and "amd" not in triton.backends.backends:
+        pytest.skip("this triton does not compile for AMD's cards")
+    capability = next(key for key, value in ARCHITECTURES.items() if value == arch)
     make, variants = VARIANTS[kernel.split("_")[0]]
+    row = configs.lookup(kernel, shape, dtype.itemsize, capability)
     function, flags, warps, stages = make(kernel, shape, row, dtype, variants[variant])
+    if kernel == "gram" and arch == "gfx942":
+        flags["PRECISION"] = "ieee"
     check(compiled(function, flags, dtype, arch, warps, stages), arch, tmp_path)
 
 
@@ -237,14 +291,21 @@ TABLES = {
     "finalize": (finalize.finalize_kernel, {"HAS_GAMMA": True, "HAS_BETA": True, "BLOCK": 256}),
     "finalize_backward": (finalize.finalize_backward_kernel, {"BATCH_STATS": True, "BLOCK": 256}),
     "update_running_stats": (finalize.update_running_stats_kernel, {"AVERAGE": True, "BLOCK": 256}),
+    "expand_finalize": (
+        finalize.expand_finalize_kernel,
+        {"HAS_GAMMA": True, "HAS_BETA": True, "BLOCK": finalize._EXPANDED, "BLOCK_C": finalize._INPUTS},
+    ),
+    "combine_gram": (gram.combine_gram_kernel, {"DTYPE": tl.bfloat16, "BLOCK_K": 16, "BLOCK_C": 64}),
     "combine_sums": (combine.combine_sums_kernel, {"BLOCK_K": 16, "BLOCK_C": 64}),
     "combine_moments": (combine.combine_moments_kernel, {"BLOCK_K": 16, "BLOCK_C": 64}),
 }
 
 
-@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=SLOW)])
+@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=SLOW), pytest.param("gfx942", marks=SLOW)])
 @pytest.mark.parametrize("name", TABLES)
 def test_the_kernels_of_tables_compile(name, arch, tmp_path):
+    if arch == "gfx942" and "amd" not in triton.backends.backends:
+        pytest.skip("this triton does not compile for AMD's cards")
     function, flags = TABLES[name]
     check(compiled(function, flags, torch.float32, arch, 4, 1), arch, tmp_path)
 

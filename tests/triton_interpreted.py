@@ -11,6 +11,8 @@ import pytest
 import torch
 from blocks import Case, Inputs, step, upstream_of
 from precision import Judge
+from test_stages import UTILS, sample
+from torch.library import opcheck
 from triton import language as tl
 from triton.runtime import interpreter
 
@@ -143,6 +145,70 @@ def finalize_backward_calls(dtype):
         yield torch.randn(2, c), table(c), 57, stats
 
 
+# an image of any strides: NCHW, channels_last, a slice; of one position and of several tiles
+STEM = [(1, 1, 1, 1, 1, 2), (2, 3, 7, 9, 8, 2), (3, 4, 20, 5, 6, 1), (1, 8, 5, 4, 3, 1)]
+
+
+def images(dtype, n, c, h, w):
+    image = torch.randn(n, c, h, w).to(dtype)
+    yield image
+    yield image.contiguous(memory_format=torch.channels_last)
+    yield torch.randn(n, h, 2 * w + 1, c + 1).to(dtype)[:, :, 1::2, 1:].permute(0, 3, 1, 2)
+
+
+def stem_calls(dtype):
+    for n, c, e, h, w, stride in STEM:
+        for i, x in enumerate(images(dtype, n, c, h, w)):
+            yield x, (torch.randn(e, c, 3, 3) / (9 * c) ** 0.5).to(dtype), stride, i < 2
+
+
+def stem_backward_calls(dtype):
+    for n, c, e, h, w, stride in STEM:
+        out = n, e, schema.depthwise_size(h, stride), schema.depthwise_size(w, stride)
+        for i, x in enumerate(images(dtype, n, c, h, w)):
+            up = map_(dtype, *out), map_(dtype, *out), table(e), coefficients(e), (n + i) % 5
+            yield *up, x, stride, i > 0, i < 2
+
+
+def grams(channels, dtype):
+    """A map whose second channel is constant and whose third is far from 0, where there are so many."""
+    n, h, w = 3, 5, 7
+    x = torch.randn(n, channels, h, w) * torch.rand(channels, 1, 1) + torch.randn(channels, 1, 1)
+    if channels > 2:
+        x[:, 1], x[:, 2] = 1.3, x[:, 2] + 30
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def gram_calls(dtype):
+    for c in (1, 5, 16, 40):
+        yield (grams(c, dtype),)
+
+
+def normalize_gram_calls(dtype):
+    for c, act in ((1, 0), (5, 2), (40, 3)):
+        y = grams(c, dtype)
+        yield y, table(c), act, torch.randn(y.shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        yield y, table(c), act, None
+
+
+def expand_finalize_calls(dtype):
+    for c, e in ((1, 1), (5, 19), (40, 7)):
+        x, weight = grams(c, dtype), (torch.randn(e, c, 1, 1) / c**0.5).to(dtype)
+        gram = reference.gram(x)
+        yield gram, weight, torch.randn(e), torch.randn(e), 1e-3, 105
+        yield gram, weight, None, torch.randn(e), 1e-5, 1
+        yield gram, weight, torch.randn(e), None, 1e-5, 105
+
+
+def expand_depthwise_calls(dtype):
+    for i, (n, e, h, w, k, stride) in enumerate(DEPTHWISE):
+        for c in (3, 20):
+            x, shift = map_(dtype, n, c, h, w), torch.where(torch.rand(c) < 0.5, 0.0, torch.randn(c).to(dtype).float())
+            expand = (torch.randn(e, c, 1, 1) / c**0.5).to(dtype)
+            weight = (torch.randn(e, 1, k, k) / k).to(dtype)
+            yield x, shift, expand, table(e), (i + c) % 5, weight, stride, c > 3 or i % 2 == 0
+
+
 CALLS = {
     name: globals()[f"{name}_calls"]
     for name in schema.NAMES
@@ -194,9 +260,18 @@ def test_stage(name, dtype, monkeypatch):
     judge.verdict()
 
 
-def test_every_stage_of_chain_mode_is_here():
-    assert set(CALLS) | {"update_running_stats"} == backends.MODE_STAGES["chain"]
-    assert backends.whole("triton", "chain") and not backends.whole("triton", "algebraic")
+def test_every_stage_but_those_of_algebraic_modes_backward_is_here():
+    lacking = {"expand_depthwise_backward", "expand_finalize_backward", "expand_mix"}
+    assert set(CALLS) | {"update_running_stats"} == set(schema.NAMES) - lacking
+    assert backends.whole("triton", "chain") and set(backends.missing_stages("triton", "algebraic")) == lacking
+    assert backends.has_stem("triton") and backends.hands_on_gram("triton")
+
+
+@pytest.mark.parametrize("name", sorted(backends.implemented("triton")))
+def test_opcheck(name):
+    """Schema, fake (shapes and strides, symbolic ones too) and dispatch."""
+    for args in sample()[name]:
+        assert set(opcheck(getattr(TRITON, name).default, args, test_utils=UTILS).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("momentum", [None, 0.1])
@@ -227,6 +302,25 @@ def test_moments_of_constant_and_distant_channels(dtype):
         assert moments[0, 2] == x[0, 2, 0, 0] and moments[1, 2] == 0
         want = torch.stack([y.double().mean((0, 2, 3)), y.double().var((0, 2, 3), correction=0)])
         torch.testing.assert_close(moments.double(), want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gram_of_constant_and_distant_channels(dtype):
+    """A constant channel's row and column are exactly 0; mean/std = 300 costs no digits, even where it changes."""
+    x = torch.randn(6, 20, 5, 7)
+    x[:, 1] += 300
+    x[:, 2] = 7.3
+    x[3:, 3] += 50
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    gram, exact = TRITON.gram(x), REFERENCE.gram(x.double())
+    assert gram[20, 2] == x[0, 2, 0, 0] and (gram[2] == 0).all() and (gram[:20, 2] == 0).all()
+    scale = exact[:20].diagonal().clamp(min=1e-12).sqrt()
+    assert ((gram[:20] - exact[:20]).abs() <= 4e-6 * scale[:, None] * scale + 1e-12).all()
+    torch.testing.assert_close(gram[20].double(), exact[20], rtol=1e-6, atol=1e-6)
+    # the shift: a value of the storage dtype near the mean, where that is far from 0
+    assert torch.equal(gram[21], torch.where(exact[21] != 0, gram[20].to(dtype).float(), 0.0)) and gram[21, 1] != 0
+    out, given = TRITON.normalize_gram(x, torch.eye(5, 20) * 0 + torch.tensor([[1.0], [0], [0], [1], [1]]), 0, None)
+    assert torch.equal(out, x) and torch.equal(given, gram)
 
 
 def same_pattern(ours, ref):
@@ -265,6 +359,21 @@ def test_empty_batch():
     assert gx.shape == x.shape and torch.equal(sums, torch.zeros(2, 5)) and torch.equal(dw, torch.zeros(9, 5, 1, 1))
 
 
+def test_empty_batch_of_the_other_stages():
+    x, image = map_(torch.float32, 0, 5, 4, 4), torch.randn(0, 3, 7, 6)
+    y, moments = TRITON.stem(image, torch.randn(9, 3, 3, 3), 2, True)
+    assert y.shape == (0, 9, 4, 3) and torch.equal(moments, torch.zeros(2, 9))
+    up = map_(torch.float32, 0, 9, 4, 3), map_(torch.float32, 0, 9, 4, 3), table(9), coefficients(9), 2
+    dy, dw = TRITON.stem_backward(*up, image, 2, True, True)
+    assert dy.shape == (0, 9, 4, 3) and torch.equal(dw, torch.zeros(9, 3, 3, 3))
+    assert torch.equal(TRITON.gram(x), torch.zeros(7, 5))
+    out, gram = TRITON.normalize_gram(x, table(5), 2, None)
+    assert out.shape == x.shape and torch.equal(gram, torch.zeros(7, 5))
+    args = x, torch.zeros(5), torch.randn(9, 5, 1, 1), table(9), 2, torch.randn(9, 1, 3, 3), 2, True
+    y, moments = TRITON.expand_depthwise(*args)
+    assert y.shape == (0, 9, 2, 2) and torch.equal(moments, torch.zeros(2, 9))
+
+
 def test_the_same_bits_every_time():
     args = map_(torch.bfloat16, 3, 20, 9, 11), torch.randn(24, 20, 1, 1).bfloat16(), table(20), 3, None, True
     assert all(map(torch.equal, TRITON.pointwise(*args), TRITON.pointwise(*args)))
@@ -289,7 +398,38 @@ def test_bad_input_is_refused(message):
         TRITON.pointwise(*BAD[message](*operands))
 
 
+BAD_STEM = {
+    "expected an image of 1 to 8 channels": lambda x, w: (torch.randn(1, 9, 4, 4), torch.randn(5, 9, 3, 3), 1, True),
+    "H and W of at least 1": lambda x, w: (x[:, :, :0], w, 1, True),
+    "stride is 3; expected 1 or 2": lambda x, w: (x, w, 3, True),
+    r"expected \[5, 3, 3, 3\]": lambda x, w: (x, w[:, :, :2], 1, True),
+    "weight is bfloat16": lambda x, w: (x, w.bfloat16(), 1, True),
+    "expected float32, bfloat16 or float16 and 4": lambda x, w: (x[0], w, 1, True),
+}
+
+
+@pytest.mark.parametrize("message", BAD_STEM)
+def test_a_bad_image_is_refused(message):
+    with pytest.raises(RuntimeError, match=message):
+        TRITON.stem(*BAD_STEM[message](torch.randn(2, 3, 6, 5), torch.randn(5, 3, 3, 3)))
+
+
+def test_bad_expand_layers_are_refused():
+    x, expand, weight = map_(torch.float32, 2, 6, 5, 4), torch.randn(9, 6, 1, 1), torch.randn(9, 1, 3, 3)
+    with pytest.raises(RuntimeError, match=r"expand_weight has shape \[9, 5, 1, 1\]; expected \[9, 6, 1, 1\]"):
+        TRITON.expand_depthwise(x, torch.zeros(6), expand[:, :5], table(9), 2, weight, 1, True)
+    with pytest.raises(RuntimeError, match=r"shift has shape \[5\]"):
+        TRITON.expand_depthwise(x, torch.zeros(5), expand, table(9), 2, weight, 1, True)
+    with pytest.raises(RuntimeError, match=r"weight has shape \[8, 1, 3, 3\]; expected \[9, 1, k, k\]"):
+        TRITON.expand_depthwise(x, torch.zeros(6), expand, table(9), 2, weight[:8], 1, True)
+    with pytest.raises(RuntimeError, match=r"gram has shape \[7, 6\]; expected \[8, 6\]"):
+        TRITON.expand_finalize(torch.randn(7, 6), expand, None, None, 1e-5, 40)
+    with pytest.raises(RuntimeError, match=r"weight has shape \[9, 5, 1, 1\]"):
+        TRITON.expand_finalize(torch.randn(8, 6), expand[:, :5], None, None, 1e-5, 40)
+
+
 BLOCKS = [
+    Case("stem_conv_bn_act", stride=2, **SIZES | {"c": 3}),
     Case("depthwise_conv_bn_act", kernel=5, stride=2, activation="hardswish", **SIZES),
     Case("pointwise_conv_bn_act", **SIZES),
     Case("pointwise_conv_bn_act_pool", **SIZES),
@@ -323,6 +463,26 @@ def test_blocks():
             assert distance <= 1e-4, f"{case} {name}: {distance:.1e} from the reference"
             judge.add(name.rstrip("0123456789"), ours[name], torchs[name], ref)
     judge.verdict()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("excite", [False, True])
+def test_algebraic_mode_without_gradients(training, excite):
+    """The expanded tensor does not exist; output and running statistics are the reference's."""
+    case = Case(residual=not excite, excite=excite, activation="hardswish", **SIZES)
+    inputs, results = Inputs(case, torch.float32), []
+    before = [{k: v.clone() for k, v in bn.state_dict().items()} for bn in inputs.bns]
+    for backend in ("triton", "reference"):
+        for bn, state in zip(inputs.bns, before, strict=True):
+            bn.train(training).load_state_dict(state)
+        with mk.backend(backend, "algebraic"), mk.count_stages() as counts, torch.no_grad():
+            out = inputs.call()
+        results.append([out, *(b.clone().float() for bn in inputs.bns for b in bn.buffers())])
+        if backend == "triton":
+            assert {label.split("::")[0] for label in counts} == {"mnet_triton"}
+            assert counts["mnet_triton::expand_depthwise"] == 1 and counts["mnet_triton::gram"] == training
+    for ours, same in zip(*results, strict=True):
+        torch.testing.assert_close(ours, same, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("excite", [False, True])

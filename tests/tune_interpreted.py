@@ -20,6 +20,10 @@ LAYERS = {
     "depthwise": Layer("depthwise", 3, 3, 5, 3, 3, 2, "relu"),
     "depthwise_backward": Layer("depthwise", 3, 2, 4, 3, 3, 1, "silu"),
     "elementwise": Layer("pointwise", 3, 4, 3, 5, 1, 1, None),
+    "stem": Layer("dense", 3, 7, 5, 4, 3, 2, None),
+    "stem_backward": Layer("dense", 3, 5, 7, 4, 3, 2, None),
+    "gram": Layer("pointwise", 5, 4, 3, 9, 1, 1, None),
+    "expand_depthwise": Layer("depthwise", 18, 5, 4, 18, 3, 1, "relu6"),
 }
 
 
@@ -29,8 +33,9 @@ def bench(kernel, shape, dtype):
 
 
 # every kernel's calls and baseline keep to the pass rule with the table's row, and a damaged result does not
-for kernel, dtype in zip(LAYERS, [torch.float32, torch.bfloat16] * 3, strict=True):
-    shape = {"depthwise": "k3", "elementwise": "any"}.get(kernel.removesuffix("_backward"), "narrow")
+SHAPES = {"depthwise": "k3", "expand_depthwise": "k3", "elementwise": "any", "stem": "any"}
+for kernel, dtype in zip(LAYERS, [torch.float32, torch.bfloat16] * 5, strict=True):
+    shape = SHAPES.get(kernel.removesuffix("_backward"), "narrow")
     found = bench(kernel, shape, dtype)
     row = configs.lookup(kernel, shape, dtype.itemsize, (0, 0))
     run, results = found.run, []

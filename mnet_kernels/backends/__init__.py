@@ -8,7 +8,7 @@ reference   the fused block's stages in plain torch (the oracle)         any
 cpu         the fused block's stages in C++                              CPU
 cuda        the fused block's stages in CUDA C++ (of algebraic mode the  CUDA, capability >= 8.0
             forward ones)
-triton      the fused block's stages in Triton (chain mode)              CUDA, capability >= 8.0
+triton      the same in Triton                                           CUDA, capability >= 8.0
 ==========  ===========================================================  =======================
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
+from ..backends import triton
 from ..backends.triton import configs
 from ..training import metrics
 from . import tiles
@@ -70,9 +71,7 @@ def _triton():
 
 def triton_rows(device):
     """The Triton backend's configurations that are not its table's, as plain values; None where all are."""
-    card = (
-        (torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)) if device.type == "cuda" else ()
-    )
+    card = triton.card(device) if device.type == "cuda" else ()
     rows = {key: config for key, (config, _) in configs.of_card(*card).items()} if card else {}
     return [[*key, *config] for key, config in sorted((rows | configs.given()).items())] or None
 

@@ -9,7 +9,7 @@ The Triton kernels' table is shown by ``python -m mnet_kernels.tune --list``; it
 
 import torch
 
-from ..backends import compiled
+from ..backends import compiled, triton
 from ..backends.triton import configs
 from . import BenchError
 
@@ -97,7 +97,7 @@ def _triton_row(spec):
     kernel, shape, size, rest = (spec.removeprefix(TRITON).split(":", 3) + [""] * 3)[:4]
     capability = max(key[3] for key in configs.TABLE)
     if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
+        _, capability = triton.card(torch.cuda.current_device())
     keys = {(name, shape_class, str(n)): (name, shape_class, n) for name, shape_class, n, _ in configs.TABLE}
     key = keys.get((kernel, shape, size))
     if key is None:

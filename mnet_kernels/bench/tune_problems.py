@@ -21,6 +21,7 @@ LAYERS = 4  # of a shape class
 CHECK_IMAGES = 16  # enough for programs that walk over several tiles, and little memory in float64
 DRAWS = 2  # of what is checked: one draw's rounding scatters
 EPS = 1e-5
+EXPANSION = 6  # of an expand layer, where only the depthwise one behind it is at hand
 KINKS = (-3.0, 0.0, 3.0, 6.0)
 SMALLEST = 1e-30
 
@@ -46,6 +47,11 @@ def of_class(kernel, shape, known, count=LAYERS):
     }
     if kernel == "elementwise":
         fitting = [layer for layer, last in known if last]
+    elif kernel.startswith("stem"):
+        fitting = [layer for layer, _ in known if layer.kind == "dense"]
+    elif kernel == "gram":  # of the inputs of expand layers
+        fitting = [layer for layer, _ in known if layer.kind == "pointwise" and layer.act is None]
+        fitting = [layer for layer in fitting if configs.width_class(layer.channels) == shape]
     elif kernel in classes:
         fitting = [layer for layer, _ in known if layer.kind == "pointwise" and classes[kernel](layer) == shape]
     else:
@@ -74,13 +80,19 @@ class Draw:
     def _normal(self, *shape):
         return torch.randn(shape, device=self.device, generator=self.generator)
 
+    def image(self, *shape):
+        """As data loaders give it: NCHW."""
+        return self._normal(self.images, *shape).to(self.dtype)
+
     def map(self, *shape):
-        t = self._normal(self.images, *shape).to(self.dtype)
-        return t.contiguous(memory_format=torch.channels_last)
+        return self.image(*shape).contiguous(memory_format=torch.channels_last)
 
     def weight(self, layer):
-        shape = (1 if layer.kind == "depthwise" else layer.channels, layer.kernel, layer.kernel)
-        return (self._normal(layer.out_channels, *shape) / math.prod(shape) ** 0.5).to(self.dtype)
+        inputs = 1 if layer.kind == "depthwise" else layer.channels
+        return self.weight_of(layer.out_channels, inputs, layer.kernel, layer.kernel)
+
+    def weight_of(self, *shape):
+        return (self._normal(*shape) / math.prod(shape[1:]) ** 0.5).to(self.dtype)
 
     def vector(self, *shape):
         return torch.rand(shape, device=self.device, generator=self.generator) + 0.5
@@ -104,6 +116,8 @@ def calls(kernel, layer, new):
             ("normalize_backward", (grad, y, bn, IDENTITY)),
             ("squeeze", (y, bn, IDENTITY)),
         ]
+    if kernel in _OTHERS:
+        return _OTHERS[kernel](layer, new)
     x, weight = new.map(layer.channels, layer.height, layer.width), new.weight(layer)
     bn, act = (None, IDENTITY) if layer.act is None else (new.table(x), NAMES.index(layer.act))
     if bn is not None and new.dtype == torch.float32:
@@ -119,6 +133,38 @@ def calls(kernel, layer, new):
         return [("depthwise_backward", upstream + rest)]
     needs = (True, True, False) if kernel == "pointwise_dgrad" else (False, False, True)
     return [("pointwise_backward", upstream + (None, x, weight, bn, act, None, None) + needs)]
+
+
+def _stem_calls(layer, new):
+    return [("stem", (new.image(layer.channels, layer.height, layer.width), new.weight(layer), layer.stride, True))]
+
+
+def _stem_backward_calls(layer, new):
+    grad, y = new.map(*_output(layer)), new.map(*_output(layer))
+    x, coef = new.image(layer.channels, layer.height, layer.width), new.vector(4, layer.out_channels)
+    return [("stem_backward", (grad, y, new.table(y), coef, IDENTITY, x, layer.stride, False, True))]
+
+
+def _gram_calls(layer, new):
+    x = new.map(layer.channels, layer.height, layer.width)
+    return [("gram", (x,)), ("normalize_gram", (x, new.table(x), IDENTITY, None))]
+
+
+def _expand_depthwise_calls(layer, new):
+    inputs, act = max(1, layer.channels // EXPANSION), IDENTITY if layer.act is None else NAMES.index(layer.act)
+    x = new.map(inputs, layer.height, layer.width)
+    gram, expand = torch.ops.mnet_ref.gram(x), new.weight_of(layer.channels, inputs, 1, 1)
+    gamma, beta, count = new.vector(layer.channels), new.vector(layer.channels), x.numel() // inputs
+    bn, _ = torch.ops.mnet_ref.expand_finalize(gram, expand, gamma, beta, EPS, count)
+    return [("expand_depthwise", (x, gram[-1].clone(), expand, bn, act, new.weight(layer), layer.stride, True))]
+
+
+_OTHERS = {
+    "stem": _stem_calls,
+    "stem_backward": _stem_backward_calls,
+    "gram": _gram_calls,
+    "expand_depthwise": _expand_depthwise_calls,
+}
 
 
 def _avoid_kinks(x, bn):
@@ -147,7 +193,7 @@ def _sums(g, y, bn):
 
 
 def _forward(x, weight, bn, act, stride):
-    groups = weight.shape[0] if weight.shape[-1] > 1 else 1
+    groups = weight.shape[0] if weight.shape[-1] > 1 and weight.shape[1] == 1 else 1
     y = F.conv2d(_activated(x, bn, act), weight, None, stride, weight.shape[-1] // 2, 1, groups)
     return y, torch.stack([y.float().mean((0, 2, 3)), y.float().var((0, 2, 3), correction=0)])
 
@@ -155,7 +201,7 @@ def _forward(x, weight, bn, act, stride):
 def _backward(grad, y, y_bn, coef, x, weight, bn, act, stride, wants):
     b, c, mean, scale = (v.view(1, -1, 1, 1) for v in (coef[0], coef[1], y_bn[2], y_bn[0]))
     dy = (scale * grad.float() + b * (y.float() - mean) + c).to(y.dtype)
-    pad, groups = weight.shape[-1] // 2, weight.shape[0] if weight.shape[-1] > 1 else 1
+    pad, groups = weight.shape[-1] // 2, weight.shape[0] if weight.shape[-1] > 1 and weight.shape[1] == 1 else 1
     gx, dw, _ = torch.ops.aten.convolution_backward(
         dy,
         _activated(x, bn, act),
@@ -178,6 +224,14 @@ def _backward(grad, y, y_bn, coef, x, weight, bn, act, stride, wants):
     return gx, _sums(gx, x, bn), dw
 
 
+def _gram(x):
+    v = x.float().transpose(0, 1).flatten(1)
+    mean = v.mean(1, keepdim=True)
+    d = v - mean
+    # no channel of a draw is far from 0: no shift
+    return torch.cat([d @ d.T / v.shape[1], mean.T, torch.zeros_like(mean.T)])
+
+
 def torchs(stage, args):
     """A call of :func:`calls` by torch's own ops in the storage dtype: what a configuration's error is measured by."""
     if stage == "pointwise":
@@ -188,6 +242,20 @@ def torchs(stage, args):
         return _backward(*args[:4], *args[6:10], 1, (args[-3], args[-1]))
     if stage == "depthwise_backward":
         return _backward(*args[:4], *args[7:12], (args[-2], args[-1]))
+    if stage == "stem":
+        return _forward(*args[:2], None, IDENTITY, args[2])
+    if stage == "stem_backward":
+        x, weight = args[5], args[5].new_empty(args[1].shape[1], args[5].shape[1], 3, 3)
+        return (None, _backward(*args[:4], x, weight, None, IDENTITY, args[6], (False, True))[2])
+    if stage == "gram":
+        return (_gram(args[0]),)
+    if stage == "normalize_gram":
+        out = _affine(*args[:2])
+        return out, _gram(out)
+    if stage == "expand_depthwise":
+        x, shift, expand, bn, act, weight, stride, _ = args
+        y = F.conv2d((x.float() - shift.view(1, -1, 1, 1)).to(x.dtype), expand)
+        return _forward(y, weight, bn, act, stride)
     if stage == "normalize":
         return (_affine(*args[:2]),)
     if stage == "normalize_backward":

@@ -259,7 +259,7 @@ def in_force(cards):
     """The rows that serve cards, [(name or None, capability)], and where each comes from, as a Markdown table."""
     lines = ["| card | kernel | class | bytes | configuration | from |", "|" + "---|" * 6]
     for card, capability in cards:
-        label = card or "{}.{} and later".format(*capability)
+        label = card or ("AMD" if capability == configs.AMD else "{}.{} and later".format(*capability))
         for key in table_keys():
             source = configs.origin(*key, capability, card)
             if isinstance(source, dict):

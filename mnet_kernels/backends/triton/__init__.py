@@ -1,8 +1,8 @@
 """The Triton backend: which stages it has, and their registration.
 
 Importing this module does not import triton: that happens at the first call of a stage.  Every kernel of chain mode is
-here; algebraic mode's are not written.  ``TRITON_INTERPRET=1``, set before the process starts, runs the kernels in
-triton's interpreter, on CPU tensors too: slow, for tests of their arithmetic.
+here, and of algebraic mode the forward ones.  ``TRITON_INTERPRET=1``, set before the process starts, runs the kernels
+in triton's interpreter, on CPU tensors too: slow, for tests of their arithmetic.
 """
 
 import functools
@@ -10,6 +10,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+
+import torch
+
+from . import configs
 
 STAGES = {
     "pointwise": "pointwise",
@@ -22,6 +26,12 @@ STAGES = {
     "finalize": "finalize",
     "finalize_backward": "finalize",
     "update_running_stats": "finalize",
+    "stem": "stem",
+    "stem_backward": "stem",
+    "gram": "gram",
+    "normalize_gram": "gram",
+    "expand_finalize": "finalize",
+    "expand_depthwise": "depthwise",
 }
 """Stage -> the module of this package that has its launcher."""
 
@@ -45,6 +55,12 @@ def why_missing():
     if numbers < MIN_VERSION:
         return f"it needs triton {needed} or newer and {version} is installed: {remedy}"
     return None
+
+
+def card(device):
+    """(name, capability) that the configurations know a card by: to them every card of AMD's is ``configs.AMD``."""
+    capability = configs.AMD if torch.version.hip else torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), capability
 
 
 def implemented():

@@ -5,7 +5,7 @@ this card (measured.py), then the table.  A row is keyed by kernel, shape class,
 capability; of the table the highest capability not above the card's serves it.  Every row of the table is an ESTIMATE
 from register and shared memory counts of the compiled kernel: none has been measured on a card.  Capability (0, 0) is
 the interpreter's: tiles so small that tiny inputs meet every border, and few programs, so that each walks over several
-tiles.
+tiles.  AMD's cards, whose numbers mean something else, are all capability :data:`AMD`.
 
 ==================  ====================================  ==============================================
 kernel              shape class                           block: (rows, columns, depth)
@@ -16,6 +16,10 @@ pointwise_wgrad     narrow: either side at most 32        output channels, input
 depthwise           k3, k5                                columns of the map, channels, -
 depthwise_backward  k3, k5                                columns of the map (a stride's group each), channels, -
 elementwise         any                                   positions, channels, -
+stem                any                                   positions, output channels, taps
+stem_backward       any                                   output channels, taps, positions
+gram                narrow: at most 32 channels           positions, channels, -
+expand_depthwise    k3, k5                                columns of the map, expanded channels, input channels
 ==================  ====================================  ==============================================
 """
 
@@ -27,6 +31,7 @@ from ...log import say_once
 from . import measured
 
 NARROW = 32
+AMD = (0, 1)
 
 
 class Config(NamedTuple):
@@ -51,6 +56,12 @@ _INTERPRETER = {
     ("depthwise_backward", "k3"): Config(4, 8, 0, 4, 1),
     ("depthwise_backward", "k5"): Config(4, 8, 0, 4, 1),
     ("elementwise", "any"): Config(16, 8, 0, 4, 1),
+    ("stem", "any"): Config(32, 16, 16, 4, 1),
+    ("stem_backward", "any"): Config(16, 16, 32, 4, 1),
+    ("gram", "narrow"): Config(16, 16, 0, 4, 1),
+    ("gram", "wide"): Config(16, 16, 0, 4, 1),
+    ("expand_depthwise", "k3"): Config(16, 16, 16, 4, 1),
+    ("expand_depthwise", "k5"): Config(16, 16, 16, 4, 1),
 }
 # Stride 1 and 2 share a row: the tiles are in columns of the output.
 _HALF_80 = {
@@ -65,6 +76,12 @@ _HALF_80 = {
     ("depthwise_backward", "k3"): Config(8, 64, 0, 8, 1),
     ("depthwise_backward", "k5"): Config(8, 32, 0, 4, 1),
     ("elementwise", "any"): Config(16, 64, 0, 4, 1),
+    ("stem", "any"): Config(128, 32, 32, 4, 1),
+    ("stem_backward", "any"): Config(32, 32, 64, 4, 1),
+    ("gram", "narrow"): Config(64, 32, 0, 4, 1),
+    ("gram", "wide"): Config(32, 64, 0, 8, 1),
+    ("expand_depthwise", "k3"): Config(16, 32, 16, 4, 1),
+    ("expand_depthwise", "k5"): Config(16, 32, 16, 4, 1),
 }
 _FLOAT_80 = _HALF_80 | {
     ("pointwise", "narrow"): Config(64, 32, 32, 4, 3),
@@ -75,7 +92,12 @@ _FLOAT_80 = _HALF_80 | {
     ("pointwise_wgrad", "wide"): Config(64, 64, 32, 8, 2),
     ("depthwise", "k3"): Config(16, 64, 0, 8, 1),
     ("depthwise", "k5"): Config(8, 64, 0, 8, 1),
+    ("expand_depthwise", "k3"): Config(32, 32, 32, 8, 1),
+    ("expand_depthwise", "k5"): Config(16, 32, 32, 4, 1),
 }
+# 64 KiB of shared memory and, of registers, 256 a lane.
+_HALF_AMD = _HALF_80 | {("pointwise_dgrad", "narrow"): Config(64, 32, 32, 8, 2)}
+_FLOAT_AMD = _FLOAT_80 | {("expand_depthwise", "k3"): Config(16, 32, 32, 4, 1)}
 TABLE = {
     (kernel, shape, size, capability): config
     for (size, capability), rows in {
@@ -85,6 +107,8 @@ TABLE = {
         (4, (8, 0)): _FLOAT_80,
         (2, (9, 0)): _HALF_80 | {("pointwise", "wide"): Config(128, 64, 32, 8, 4)},
         (4, (9, 0)): _FLOAT_80,
+        (2, AMD): _HALF_AMD,
+        (4, AMD): _FLOAT_AMD,
     }.items()
     for (kernel, shape), config in rows.items()
 }
@@ -107,8 +131,8 @@ def impossible(kernel, shape, config):
         return f"no kernel {kernel!r} with shape class {shape!r}"
     if any(type(value) is not int for value in config):
         return "a value is no integer"
-    # tl.dot takes no side below 16; only the pointwise kernels have a depth.
-    least = 16 if like.depth else 1
+    # tl.dot takes no side below 16; of the kernels with a product only gram has no depth.
+    least = 16 if like.depth or kernel == "gram" else 1
     blocks = config[:3] if like.depth else config[:2]
     if any(not least <= block <= 1024 or block & (block - 1) for block in blocks):
         return f"its blocks are not powers of two from {least} to 1024"

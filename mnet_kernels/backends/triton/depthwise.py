@@ -21,8 +21,10 @@ from .device import (
     masked,
     merge,
     normalized,
+    operand,
     put,
     rounded,
+    store_moments,
     tiles,
     to_storage,
     upstream,
@@ -37,6 +39,7 @@ from .launch import (
     check_weight,
     config,
     device_of,
+    dot_precision,
     new_map,
     new_table,
     table,
@@ -66,6 +69,28 @@ def load_activated(
 
 
 @triton.jit
+def load_expanded(
+    x, image, h, column, height, width, shift, weight, inputs, e, in_e, bn_scale, bn_shift,
+    ACT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """act(bn(W (x - shift))) rounded to storage, in float32, with zeros around the map: an expanded row's tile."""
+    acc = tl.zeros((column.shape[0], e.shape[0]), tl.float32)
+    for start in range(0, inputs, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        in_k = k < inputs
+        v, _ = load_pixels(x, image, h, column, height, width, inputs, k, in_k)
+        v -= tl.load(shift + k, mask=in_k, other=0.0)[None, :]
+        in_w = in_k[:, None] & in_e[None, :]
+        w = tl.load(weight + (e[None, :] * inputs + k[:, None]), mask=in_w, other=0.0).to(tl.float32)
+        acc = tl.dot(
+            operand(v, x.dtype.element_ty), operand(w, weight.dtype.element_ty), acc, input_precision=PRECISION
+        )
+    z = rounded(activate(normalized(acc, bn_scale[None, :], bn_shift[None, :]), ACT), x.dtype.element_ty)
+    valid = ((column >= 0) & (column < width) & (h >= 0) & (h < height))[:, None] & in_e[None, :]
+    return tl.where(valid, z, 0.0)
+
+
+@triton.jit
 def load_taps(weight, c, in_c, KERNEL: tl.constexpr):
     """The weights of a channel block: a tuple of KERNEL*KERNEL vectors."""
     taps = (tl.load(weight + c * KERNEL * KERNEL, mask=in_c, other=0.0).to(tl.float32),)
@@ -76,11 +101,15 @@ def load_taps(weight, c, in_c, KERNEL: tl.constexpr):
 
 @triton.jit(do_not_specialize=_COUNTS)
 def depthwise_kernel(
-    x, weight, bn, y, partials, units, per_program, height, width, out_height, out_width, strip, strips, columns,
-    channel_units, ALIGN: tl.constexpr, ACT: tl.constexpr, NORMALIZED: tl.constexpr, MOMENTS: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, expand_shift, expand_weight, weight, bn, y, partials, units, per_program, height, width, out_height, out_width,
+    strip, strips, columns, input_units, channel_units, ALIGN_IN: tl.constexpr, ALIGN: tl.constexpr, ACT: tl.constexpr,
+    NORMALIZED: tl.constexpr, EXPANDED: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = depthwise(act(bn(x))); partials [programs, 3, C]: count, mean, M2 of the stored values."""
+    """y = depthwise(act(bn(x))); partials [programs, 3, C]: count, mean, M2 of the stored values.
+
+    EXPANDED: of expand_weight (x - expand_shift) in place of x, which has as many channels as ``input_units`` say.
+    """
     PAD: tl.constexpr = KERNEL // 2
     LIVE: tl.constexpr = (KERNEL - 1) // STRIDE + 1
     channels = channel_units * ALIGN
@@ -111,14 +140,20 @@ def depthwise_kernel(
         for row in range(begin - (LIVE - 1), end):
             for i in tl.static_range(KERNEL - STRIDE, KERNEL):
                 for j in tl.static_range(KERNEL):
-                    z = load_activated(
-                        x, image, row * STRIDE - PAD + i, column * STRIDE - PAD + j, height, width, channels, c, in_c,
-                        scale, shift, ACT, NORMALIZED,
-                    )  # fmt: skip
+                    h, w = row * STRIDE - PAD + i, column * STRIDE - PAD + j
+                    if EXPANDED:
+                        z = load_expanded(
+                            x, image, h, w, height, width, expand_shift, expand_weight, input_units * ALIGN_IN, c, in_c,
+                            scale, shift, ACT, PRECISION, BLOCK_K,
+                        )  # fmt: skip
+                    else:
+                        z = load_activated(
+                            x, image, h, w, height, width, channels, c, in_c, scale, shift, ACT, NORMALIZED
+                        )
                     for ahead in tl.static_range(LIVE):
                         if i - ahead * STRIDE >= 0:
-                            w = taps[(i - ahead * STRIDE) * KERNEL + j]
-                            acc = put(acc, ahead, tl.fma(z, w[None, :], acc[ahead]))
+                            tap = taps[(i - ahead * STRIDE) * KERNEL + j]
+                            acc = put(acc, ahead, tl.fma(z, tap[None, :], acc[ahead]))
             if row >= begin:
                 valid = (column < out_width)[:, None] & in_c[None, :]
                 at = y + (image.to(tl.int64) * out_height + row) * out_width * channels
@@ -138,10 +173,7 @@ def depthwise_kernel(
             run_mean, run_m2 = from_shifted(added, origin, tl.sum(sum1, 0), tl.sum(sum2, 0))
             count, mean, m2 = merge(count, mean, m2, added, run_mean, run_m2)
     if MOMENTS:
-        at = partials + program.to(tl.int64) * 3 * channels + c
-        tl.store(at, tl.zeros((BLOCK_C,), tl.float32) + count, mask=in_c)
-        tl.store(at + channels, mean, mask=in_c)
-        tl.store(at + 2 * channels, m2, mask=in_c)
+        store_moments(partials, program, count, mean, m2, channels, c, in_c)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -266,31 +298,51 @@ def _units(n, rows, columns, block_w, blocks, card):
 
 def _check_input(x, weight, bn, act, stride):
     check_map("x", x)
+    return _check_layer(x, x.shape[1], weight, bn, act, stride)
+
+
+def _check_layer(x, channels, weight, bn, act, stride):
     kernel = weight.shape[-1]
-    if kernel not in (3, 5) or tuple(weight.shape) != (x.shape[1], 1, kernel, kernel):
-        raise RuntimeError(f"weight has shape {list(weight.shape)}; expected [{x.shape[1]}, 1, k, k] with k 3 or 5")
+    if kernel not in (3, 5) or tuple(weight.shape) != (channels, 1, kernel, kernel):
+        raise RuntimeError(f"weight has shape {list(weight.shape)}; expected [{channels}, 1, k, k] with k 3 or 5")
     if stride not in (1, 2):
         raise RuntimeError(f"stride is {stride}; expected 1 or 2")
     check_act("act", act, bn is not None)
-    return check_weight(weight, weight.shape, x), table("bn", bn, (5, x.shape[1]), x), kernel
+    return check_weight(weight, weight.shape, x), table("bn", bn, (5, channels), x), kernel
 
 
 def depthwise(x, weight, bn, act, stride, moments):
     """Launches ``depthwise_kernel``: (y, moments)."""
     weight, bn, kernel = _check_input(x, weight, bn, act, stride)
-    n, channels, h, w = x.shape
+    return _forward(config("depthwise", f"k{kernel}", x), x, None, None, weight, bn, act, stride, moments)
+
+
+def expand_depthwise(x, shift, expand_weight, bn, act, weight, stride, moments):
+    """Launches ``depthwise_kernel`` on what an expand layer makes of x: (y, moments)."""
+    check_map("x", x)
+    channels, inputs = expand_weight.shape[0], x.shape[1]
+    expand_weight = check_weight(expand_weight, (channels, inputs, 1, 1), x, "expand_weight")
+    shift = table("shift", shift, (inputs,), x)
+    weight, bn, kernel = _check_layer(x, channels, weight, bn, act, stride)
+    row = config("expand_depthwise", f"k{kernel}", x)
+    return _forward(row, x, shift, expand_weight, weight, bn, act, stride, moments)
+
+
+def _forward(row, x, shift, expand_weight, weight, bn, act, stride, moments):
+    (n, inputs, h, w), channels, kernel = x.shape, weight.shape[0], weight.shape[-1]
     y = new_map(x, n, channels, depthwise_size(h, stride), depthwise_size(w, stride))
-    row = config("depthwise", f"k{kernel}", x)
     blocks = triton.cdiv(channels, row.columns)
     count, units, per_program, strip, strips, across = _units(n, *y.shape[2:], row.rows, blocks, capability(x))
     partials = new_table(x, count, 3, channels) if moments else None
-    align = alignment(channels)
+    align_in, align = alignment(inputs), alignment(channels)
     if y.numel():
         with device_of(x):
             depthwise_kernel[(count * blocks,)](
-                x, weight, bn, y, partials, units, per_program, h, w, *y.shape[2:], strip, strips, across,
-                channels // align, ALIGN=align, ACT=act, NORMALIZED=bn is not None, MOMENTS=moments, KERNEL=kernel,
-                STRIDE=stride, BLOCK_W=row.rows, BLOCK_C=row.columns, num_warps=row.warps, **FIXED,
+                x, shift, expand_weight, weight, bn, y, partials, units, per_program, h, w, *y.shape[2:], strip, strips,
+                across, inputs // align_in, channels // align, ALIGN_IN=align_in, ALIGN=align, ACT=act,
+                NORMALIZED=bn is not None, EXPANDED=expand_weight is not None, MOMENTS=moments,
+                PRECISION=dot_precision(x), KERNEL=kernel, STRIDE=stride, BLOCK_W=row.rows, BLOCK_C=row.columns,
+                BLOCK_K=row.depth, num_warps=row.warps, num_stages=row.stages, **FIXED,
             )  # fmt: skip
     return y, combine_moments(partials) if moments else new_table(x, 0)
 
@@ -327,7 +379,7 @@ def depthwise_backward(
                 units, per_program, h, w, out_h, out_w, strip, strips, across, channels // align, ALIGN=align,
                 Y_ACT=y_act, ACT=act, GATED=gate is not None, OFFSET=offset is not None, NORMALIZED=bn is not None,
                 RESIDUAL=residual is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw, KERNEL=kernel, STRIDE=stride,
-                BLOCK_W=row.rows, BLOCK_C=row.columns, num_warps=row.warps, **FIXED,
+                BLOCK_W=row.rows, BLOCK_C=row.columns, num_warps=row.warps, num_stages=row.stages, **FIXED,
             )  # fmt: skip
     sums = new_table(x, 0) if sums is None else combine_sums(sums, 2)
     return gx, sums, new_table(x, 0) if dw is None else combine_sums(dw, 1).view(weight.shape)

@@ -175,6 +175,35 @@ def merge(count, mean, m2, other_count, other_mean, other_m2):
     return count + other_count, mean + delta * weight, m2 + other_m2 + delta * delta * (count * weight)
 
 
+@triton.jit
+def merge_tile(count, mean, m2, v, valid, added):
+    """The moments of a tile's ``added`` valid rows merged into those of a run."""
+    shift = near_mean(v, valid, added)
+    d = tl.where(valid, v - shift[None, :], 0.0)
+    tile_mean, tile_m2 = from_shifted(added, shift, tl.sum(d, 0), tl.sum(d * d, 0))
+    return merge(count, mean, m2, added, tile_mean, tile_m2)
+
+
+@triton.jit
+def store_moments(partials, chunk, count, mean, m2, channels, c, in_c):
+    """A chunk's row of partials [chunks, 3, channels]: count, mean, M2."""
+    at = partials + chunk.to(tl.int64) * 3 * channels + c
+    tl.store(at, tl.zeros_like(mean) + count, mask=in_c)
+    tl.store(at + channels, mean, mask=in_c)
+    tl.store(at + 2 * channels, m2, mask=in_c)
+
+
+@triton.jit
+def merge_gram(products, count, added, delta_i, delta_j, rest_i, rest_j):
+    """Chan's formula of products of two channels' values about their means, of which those of a tile are in already.
+
+    delta: the tile's mean less the run's; rest: the tile's mean less the value that was subtracted for it.
+    """
+    weight = count * added / (count + added)
+    products += (weight * delta_i)[:, None] * delta_j[None, :]
+    return products - (added * rest_i)[:, None] * rest_j[None, :]
+
+
 # ---- tuples of tiles ----------------------------------------------------------------------------------------------
 
 

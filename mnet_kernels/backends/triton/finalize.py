@@ -8,21 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FIXED, check_shape, device_of, table
+from .launch import FIXED, check_shape, check_storage, device_of, table
 
 _BLOCK = 256
+_EXPANDED, _INPUTS = 8, 32  # of expand_finalize: channels of its output, and of the gram at a time
 
 
-@triton.jit(do_not_specialize=["eps", "count", "channels"])
-def finalize_kernel(
-    moments, gamma, beta, out, eps, count, channels, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """moments [2, C] -> bn [5, C]"""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = c < channels
-    mean = tl.load(moments + c, mask=valid, other=0.0)
-    var = tl.load(moments + channels + c, mask=valid, other=0.0)
+@triton.jit
+def store_bn(
+    out, gamma, beta, mean, var, eps, count, c, valid, channels, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr
+):
+    """bn [5, C] from mean and biased variance."""
     # compiled graphs pass Python floats as float64
     rstd = tl.div_rn(1.0, tl.sqrt_rn(var + tl.cast(eps, tl.float32)))
     scale = rstd
@@ -38,6 +34,53 @@ def finalize_kernel(
     tl.store(out + 2 * channels + c, mean, mask=valid)
     tl.store(out + 3 * channels + c, rstd, mask=valid)
     tl.store(out + 4 * channels + c, unbiased, mask=valid)
+
+
+@triton.jit(do_not_specialize=["eps", "count", "channels"])
+def finalize_kernel(
+    moments, gamma, beta, out, eps, count, channels, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """moments [2, C] -> bn [5, C]"""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = c < channels
+    mean = tl.load(moments + c, mask=valid, other=0.0)
+    var = tl.load(moments + channels + c, mask=valid, other=0.0)
+    store_bn(out, gamma, beta, mean, var, eps, count, c, valid, channels, HAS_GAMMA, HAS_BETA)
+
+
+@triton.jit(do_not_specialize=["eps", "count", "channels", "inputs"])
+def expand_finalize_kernel(
+    gram, weight, gamma, beta, out, out_mean, eps, count, inputs, channels, HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """gram [C + 2, C], weight [E, C] -> bn [5, E] of W (x - k), mean [E] of W x; sums in float64.
+
+    A product of a million terms at most, one column of the weight after another: what it costs is its launch.
+    """
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_e = e < channels
+    var = tl.zeros((BLOCK, BLOCK_C), tl.float64)
+    mean_k, mean = var, var
+    for start in range(0, inputs, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        in_c = c < inputs
+        wide = tl.zeros((BLOCK, BLOCK_C), tl.float64)
+        for k in range(0, inputs):
+            w = tl.load(weight + e * inputs + k, mask=in_e, other=0.0).to(tl.float64)
+            covariance = tl.load(gram + k * inputs + c, mask=in_c, other=0.0).to(tl.float64)
+            wide += w[:, None] * covariance[None, :]
+        at = e[:, None] * inputs + c[None, :]
+        w = tl.load(weight + at, mask=in_e[:, None] & in_c[None, :], other=0.0).to(tl.float64)
+        of_x = tl.load(gram + inputs * inputs + c, mask=in_c, other=0.0).to(tl.float64)
+        shift = tl.load(gram + (inputs + 1) * inputs + c, mask=in_c, other=0.0).to(tl.float64)
+        var += w * wide
+        mean_k += w * (of_x - shift)[None, :]
+        mean += w * of_x[None, :]
+    var, mean_k = tl.sum(var, 1), tl.sum(mean_k, 1).to(tl.float32)
+    var = tl.where(var < 0.0, 0.0, var).to(tl.float32)
+    store_bn(out, gamma, beta, mean_k, var, eps, count, e, in_e, channels, HAS_GAMMA, HAS_BETA)
+    tl.store(out_mean + e, tl.sum(mean, 1).to(tl.float32), mask=in_e)
 
 
 @triton.jit(do_not_specialize=["count", "channels"])
@@ -92,6 +135,23 @@ def finalize(moments, gamma, beta, eps, count):
             HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, BLOCK=_BLOCK, num_warps=4, **FIXED,
         )  # fmt: skip
     return out
+
+
+def expand_finalize(gram, weight, gamma, beta, eps, count):
+    """Launches ``expand_finalize_kernel``: (bn, mean)."""
+    inputs, channels = gram.shape[-1], weight.shape[0]
+    gram = table("gram", gram, (inputs + 2, inputs), gram)
+    check_storage("weight", weight)
+    check_shape("weight", weight, (channels, inputs, 1, 1))
+    gamma, beta = table("gamma", gamma, (channels,), gram), table("beta", beta, (channels,), gram)
+    out, mean = gram.new_empty((5, channels)), gram.new_empty(channels)
+    with device_of(gram):
+        expand_finalize_kernel[(triton.cdiv(channels, _EXPANDED),)](
+            gram, weight.contiguous(), gamma, beta, out, mean, eps, count, inputs, channels,
+            HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None, BLOCK=_EXPANDED, BLOCK_C=_INPUTS, num_warps=4,
+            **FIXED,
+        )  # fmt: skip
+    return out, mean
 
 
 def finalize_backward(sums, bn, count, batch_stats):

@@ -10,6 +10,7 @@ import triton
 from ... import schema
 from .. import FUSED_DTYPES
 from . import INTERPRETED
+from . import card as known_as
 from . import configs as _configs
 
 # Given explicitly: triton's default is about to change.  The one place where fusion matters is tl.fma in any case.
@@ -34,12 +35,21 @@ def chunks(segments, segment_rows, block_rows, blocks, capability):
     return Chunks(segment_rows, max(per_segment, 1), rows, segments * per_segment)
 
 
+def cut_at(most, cut):
+    """Chunks of at most so many positions, a whole number of blocks; of one segment."""
+    if cut.rows <= most:
+        return cut
+    count = triton.cdiv(cut.segment, most)
+    return cut._replace(rows=most, per_segment=count, count=count)
+
+
 @functools.lru_cache(maxsize=64)
 def card(device):
     """(compute capability, name) of a device; ((0, 0), None) under the interpreter."""
     if INTERPRETED:
         return (0, 0), None
-    return torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    name, capability = known_as(device)
+    return capability, name
 
 
 def capability(t):
@@ -65,18 +75,15 @@ def alignment(channels):
 
 
 def dot_precision(t):
-    """Precision of a float32 product: TF32 exactly where torch's own convolution would use it."""
-    if t.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
+    """Precision of a float32 product: TF32 exactly where torch's own convolution would use it, on AMD's cards never."""
+    if t.dtype == torch.float32 and not torch.version.hip and torch.backends.cudnn.conv.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
 
 def check_map(name, t, like=None, shape=None):
     """An activation: 4-d, channels_last, of a fused dtype; like another in dtype and device; of a shape."""
-    if t.dim() != 4 or t.dtype not in FUSED_DTYPES:
-        raise RuntimeError(
-            f"{name} has dtype {_short(t.dtype)} and {t.dim()} dimensions; expected float32, bfloat16 or float16 and 4"
-        )
+    check_storage(name, t)
     if not t.is_contiguous(memory_format=torch.channels_last):
         raise RuntimeError(
             f"{name} is not in channels_last memory: pass {name}.contiguous(memory_format=torch.channels_last)"
@@ -87,6 +94,14 @@ def check_map(name, t, like=None, shape=None):
         )
     if shape is not None:
         check_shape(name, t, shape)
+
+
+def check_storage(name, t):
+    """4-d and of a fused dtype."""
+    if t.dim() != 4 or t.dtype not in FUSED_DTYPES:
+        raise RuntimeError(
+            f"{name} has dtype {_short(t.dtype)} and {t.dim()} dimensions; expected float32, bfloat16 or float16 and 4"
+        )
 
 
 def check_shape(name, t, shape):
@@ -105,13 +120,12 @@ def table(name, t, shape, like):
     return t.contiguous()
 
 
-def check_weight(w, shape, like):
+def check_weight(w, shape, like, name="weight"):
     """A convolution's weight in the storage dtype, contiguous."""
-    if tuple(w.shape) != tuple(shape):
-        raise RuntimeError(f"weight has shape {list(w.shape)}; expected {list(shape)}")
+    check_shape(name, w, shape)
     if w.dtype != like.dtype or w.device != like.device:
         raise RuntimeError(
-            f"weight is {_short(w.dtype)} on {w.device}; expected {_short(like.dtype)} on {like.device}: cast it"
+            f"{name} is {_short(w.dtype)} on {w.device}; expected {_short(like.dtype)} on {like.device}: cast it"
         )
     return w.contiguous()
 

@@ -128,7 +128,7 @@ def normalize(y, bn, act, residual):
         with device_of(y):
             normalize_kernel[grid](
                 y, bn, residual, out, rows, channels // align, ALIGN=align, ACT=act, RESIDUAL=residual is not None,
-                BLOCK_P=row.rows, BLOCK_C=row.columns, num_warps=row.warps, **FIXED,
+                BLOCK_P=row.rows, BLOCK_C=row.columns, num_warps=row.warps, num_stages=row.stages, **FIXED,
             )  # fmt: skip
     return out
 
@@ -146,7 +146,7 @@ def _reduce(kernel, maps, bn, act, rows_of_table, by_image):
         with device_of(y):
             kernel[(cut.count * blocks,)](
                 *maps, bn, partials, cut.segment, cut.per_segment, cut.rows, channels // align, ALIGN=align, ACT=act,
-                BLOCK_P=row.rows, BLOCK_C=row.columns, num_warps=row.warps, **FIXED,
+                BLOCK_P=row.rows, BLOCK_C=row.columns, num_warps=row.warps, num_stages=row.stages, **FIXED,
             )  # fmt: skip
     if by_image:
         return combine_sums(partials, rows_of_table, n, new_table(y, rows_of_table, n, channels))

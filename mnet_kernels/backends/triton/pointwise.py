@@ -15,15 +15,14 @@ from .combine import combine_moments, combine_sums
 from .device import (
     activate,
     chunk_rows,
-    from_shifted,
     load_operand,
     load_upstream,
     masked,
-    merge,
-    near_mean,
+    merge_tile,
     normalized,
     operand,
     rounded,
+    store_moments,
     to_storage,
 )
 from .launch import (
@@ -37,6 +36,7 @@ from .launch import (
     check_weight,
     chunks,
     config,
+    cut_at,
     device_of,
     dot_precision,
     new_map,
@@ -83,16 +83,9 @@ def pointwise_kernel(
         tl.store(y + row * outputs + (p[:, None] * outputs + e[None, :]), stored, mask=valid)
         if MOMENTS:
             v = rounded(acc, y.dtype.element_ty)
-            added = tl.minimum(end - row, BLOCK_P).to(tl.float32)
-            shift = near_mean(v, valid, added)
-            d = tl.where(valid, v - shift[None, :], 0.0)
-            run_mean, run_m2 = from_shifted(added, shift, tl.sum(d, 0), tl.sum(d * d, 0))
-            count, mean, m2 = merge(count, mean, m2, added, run_mean, run_m2)
+            count, mean, m2 = merge_tile(count, mean, m2, v, valid, tl.minimum(end - row, BLOCK_P).to(tl.float32))
     if MOMENTS:
-        at = partials + chunk.to(tl.int64) * 3 * outputs + e
-        tl.store(at, tl.zeros((BLOCK_E,), tl.float32) + count, mask=in_e)
-        tl.store(at + outputs, mean, mask=in_e)
-        tl.store(at + 2 * outputs, m2, mask=in_e)
+        store_moments(partials, chunk, count, mean, m2, outputs, e, in_e)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -307,11 +300,7 @@ def _wgrad(grad, y, y_bn, coef, offset, y_act, x, bn, act, gate):
     row = config("pointwise_wgrad", configs.width_class(channels, outputs), x)
     row = wgrad_row(row, gate is not None, offset is not None)
     blocks = triton.cdiv(outputs, row.rows) * triton.cdiv(channels, row.columns)
-    cut = chunks(1, positions(x), row.depth, blocks, capability(x))
-    if cut.rows > MAX_RUN:
-        cut = cut._replace(
-            rows=MAX_RUN, per_segment=triton.cdiv(cut.segment, MAX_RUN), count=triton.cdiv(cut.segment, MAX_RUN)
-        )
+    cut = cut_at(MAX_RUN, chunks(1, positions(x), row.depth, blocks, capability(x)))
     partials = new_table(x, cut.count, 1, outputs * channels)
     units, aligns = _widths(channels, outputs)
     if x.numel():
