@@ -6,9 +6,11 @@ Who decides, the strongest first:
 2. ``with mnet_kernels.backend(name, mode=...)``, the innermost.
 3. The module or the call (``backend=``, ``mode=``).
 4. ``MNET_BACKEND`` and ``MNET_MODE``, read once at import.
-5. Automatic: the first fused backend of the device that has every stage of the mode, else native; and of the modes,
-   the one that measured faster (``modes.json``): algebraic for a block with an expand layer whose maps have at least
-   :func:`least_positions`, chain for all others.
+5. Automatic.  The backend: where the card was measured (``fastest.json``), the one that was fastest for the op on maps
+   of the size, native included; else the first fused backend of the device that has every stage of the mode
+   (``PREFERENCE``), else native.  A block runs on one backend.  The mode: the one that measured faster
+   (``modes.json``): algebraic for a block with an expand layer whose maps have at least :func:`least_positions`, chain
+   for all others.
 
 A backend asked for by name that cannot run raises :class:`BackendUnavailableError`; a choice that falls back to native
 says so once, with the reason.
@@ -39,7 +41,10 @@ BY_NAME = {"cuda": ("cuda", "triton")}
 
 # What `python -m mnet_kernels.bench block --write-modes` measured.
 MEASURED = Path(__file__).with_name("modes.json")
+FASTEST = Path(__file__).with_name("fastest.json")  # and `--write-backends`
 NEVER = 2**62  # positions no map has
+# op -> the one whose measured blocks stand for it
+_MEASURED_AS = {"separable_sequence": "separable_conv", "pointwise_conv_bn_act_pool": "pointwise_conv_bn_act"}
 # The stem runs fused of its own accord in training, on outputs of at least so many positions (N*H*W): there the
 # median of whole training steps was nowhere longer than with the stem left to torch's own ops (V1, V2, V3 in float32
 # and bfloat16, steps in turns, one thread of an AVX-512 processor): clearly shorter for images in NCHW, as data
@@ -133,12 +138,55 @@ def thresholds(rows):
 _THRESHOLDS = thresholds(json.loads(MEASURED.read_text(encoding="utf-8"))["rows"])
 
 
+def fastest_by_size(rows):
+    """From measured rows, ``{(card, dtype, op): ((positions, backend), ...)}``: the fastest backend from a size on.
+
+    The rows (``card``, ``dtype``, ``op``, ``height``, ``width``, ``backend``, ``speedup`` over the fastest of native's
+    forms) of one map size and backend count by their geometric mean; where no backend's is above 1, native is fastest.
+    """
+    means = {}
+    for row in rows:
+        key, size = (row["card"], getattr(torch, row["dtype"]), row["op"]), row["height"] * row["width"]
+        means.setdefault(key, {}).setdefault(size, {}).setdefault(row["backend"], []).append(math.log(row["speedup"]))
+    found = {}
+    for key, sizes in means.items():
+        best = []
+        for size, logs in sorted(sizes.items()):
+            speed, name = max((sum(values) / len(values), name) for name, values in logs.items())
+            best.append((size, name if speed > 0 else "native"))
+        found[key] = tuple(best)
+    return found
+
+
+_FASTEST = fastest_by_size(json.loads(FASTEST.read_text(encoding="utf-8"))["rows"])
+
+
+def fastest(device, dtype, op, size):
+    """The backend that measured fastest on this card for an op on maps of H*W ``size`` (the next smaller size that was
+    measured, else the smallest); None where nothing was."""
+    found = None
+    for least, name in _FASTEST.get((_card(device), dtype, _MEASURED_AS.get(op, op)), ()) if _FASTEST else ():
+        if found is None or size >= least:
+            found = name
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _card(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+_card._dynamo_marked_constant = True  # see `decide`
+
+
 def least_positions(backend, dtype):
     """H*W of the input from which on automatic mode runs a block with an expand layer in algebraic mode."""
     return _THRESHOLDS.get((backend, dtype), NEVER)
 
 
-def choose(device, dtype, backend=None, mode=None, positions=None, channels=1, trains=True):
+def choose(
+    device, dtype, backend=None, mode=None, positions=None, channels=1, trains=True, op=None, size=None
+):  # fmt: skip
     """Pick backend and mode for a call, and say it once.
 
     Args:
@@ -148,6 +196,7 @@ def choose(device, dtype, backend=None, mode=None, positions=None, channels=1, t
             an op that has not.
         channels: of the input of such an op.
         trains: whether a gradient may be asked for: without one, algebraic mode needs its forward stages only.
+        op, size: the functional op and H*W of its input, by which measured backends are known; None for neither.
 
     Raises:
         BackendUnavailableError: a backend named explicitly cannot run here.
@@ -165,9 +214,10 @@ def choose(device, dtype, backend=None, mode=None, positions=None, channels=1, t
     elif mode == "auto":
         # compared here, not in the constant `decide`: Dynamo then guards on it, once, whatever sizes follow
         mode = "auto" if positions >= _least_of(device.type, dtype) else "chain"
+    measured = fastest(device, dtype, op, size) if name == "auto" and op is not None else None
     # as a flag, for the same reason
-    wide = channels > backends.WIDEST.get(name, NEVER)
-    choice = decide(name, who, device, dtype, mode, wide, trains)
+    wide = channels > backends.WIDEST.get(measured or name, NEVER)
+    choice = decide(name, who, device, dtype, mode, wide, trains, measured)
     if not torch.compiler.is_compiling() and say_once(choice.message, choice.level):
         say_once(compiled.describe())
     return choice
@@ -204,13 +254,13 @@ _least_of._dynamo_marked_constant = True  # see `decide`
 
 # Its result depends on its arguments and on the installation alone, so a traced graph may hold it as a constant; what
 # was asked for is resolved outside, where Dynamo guards on it.
-def decide(name, who, device, dtype, mode, wide, trains):
-    """The choice for one request, device and dtype (``choose`` without the asking).
+def decide(name, who, device, dtype, mode, wide, trains, measured=None):
+    """The choice for one request, device and dtype (``choose`` without the asking and the measured tables).
 
     Mode ``auto`` is algebraic where the backend measured faster with it and can run the block in it, else chain; so is
     mode ``algebraic`` where the backend has chain mode alone for the block, and that is said.
     """
-    return _decide(name, who, device, dtype, mode, wide, trains)
+    return _decide(name, who, device, dtype, mode, wide, trains, measured)
 
 
 # All that torch.compiler.assume_constant_result does, but it imports Dynamo first: two seconds for every user.
@@ -218,18 +268,18 @@ decide._dynamo_marked_constant = True
 
 
 @functools.lru_cache(maxsize=1024)
-def _decide(name, who, device, dtype, mode, wide, trains):
-    found = _find(name, who, device, dtype, mode, wide, trains)
+def _decide(name, who, device, dtype, mode, wide, trains, measured=None):
+    found = _find(name, who, device, dtype, mode, wide, trains, measured)
     if found.backend == "native":
         return found
     return found._replace(stem=backends.has_stem(found.backend), gram=backends.hands_on_gram(found.backend))
 
 
-def _find(name, who, device, dtype, mode, wide, trains):
+def _find(name, who, device, dtype, mode, wide, trains, measured):
     if name == "native":
         return _native(who, device, logging.INFO)
     if name == "auto":
-        return _automatic(device, dtype, mode, trains)
+        return _automatic(device, dtype, mode, trains, measured, wide)
     mode, refused = _mode_of(name, dtype, mode, wide, trains)
     why = backends.why_unavailable(name, device)
     if why:
@@ -262,17 +312,23 @@ def _native(reason, device, level):
     return Choice("native", None, reason, f"running native torch ops on {device.type}: {reason}", level)
 
 
-def _automatic(device, dtype, mode, trains=True):
+def _automatic(device, dtype, mode, trains=True, measured=None, wide=False):
+    """``measured``: the backend that was fastest; ``wide``: whether the block's input is too wide for its kernels."""
     if dtype not in backends.FUSED_DTYPES:
         return _native(f"no fused backend takes {dtype}", device, logging.WARNING)
+    if measured == "native":
+        return _native(f"measured fastest on this card for this op and size ({FASTEST.name})", device, logging.INFO)
     reasons = []
-    for name in PREFERENCE.get(device.type, ()):
-        own, refused = _mode_of(name, dtype, mode, False, trains)  # none of PREFERENCE is in backends.WIDEST
+    for name in (measured, *PREFERENCE.get(device.type, ())) if measured else PREFERENCE.get(device.type, ()):
+        # none of PREFERENCE is in backends.WIDEST
+        own, refused = _mode_of(name, dtype, mode, wide and name == measured, trains)
         why, lacking = backends.why_unavailable(name, device), backends.missing_stages(name, own, trains)
         if why is None and lacking:
             why = f"no kernel yet for {', '.join(lacking)}"
         if why is None:
             reason = f"the first backend for {device.type} that has every stage of mode {own!r}"
+            if name == measured:
+                reason = f"measured fastest on this card for this op and size ({FASTEST.name})"
             if mode == "auto":
                 reason += ", and the mode that measured faster on maps of this size"
             if refused:

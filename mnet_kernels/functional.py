@@ -304,7 +304,7 @@ def _run_block(op, x, layers, residual, se, backend, mode, nodes=None, pooled=Fa
     # Three layers: the first one expands.  Algebraic mode has no moments of it that processes could share.
     expands = len(layers) == 3 and layers[0].kind == "pointwise" and layers[0].bn.group is None
     expanded = (x.shape[2] * x.shape[3], x.shape[1], _trains(x, layers, se)) if expands else ()
-    choice = choose(x.device, dtype, backend, mode, *expanded)
+    choice = choose(x.device, dtype, backend, mode, *expanded, op=op, size=x.shape[2] * x.shape[3])
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
         note(f"native::{op}")
@@ -343,7 +343,8 @@ def _takes_gram(follower, x, dtype, layers, se, backend, mode):
         height, width = schema.depthwise_size(height, layer.stride), schema.depthwise_size(width, layer.stride)
     positions = height * width
     trains = _trains(x, layers, se) or _trains(x, follower.layers, follower.squeeze_excite)
-    return choose(x.device, dtype, backend, mode, positions, layers[-1].weight.shape[0], trains).mode == "algebraic"
+    width, known = layers[-1].weight.shape[0], {"op": "inverted_residual", "size": positions}
+    return choose(x.device, dtype, backend, mode, positions, width, trains, **known).mode == "algebraic"
 
 
 def _fuses_stem(x, layer, choice, backend):

@@ -403,5 +403,30 @@ def test_modes_are_written_from_measured_blocks(tmp_path):
         modes.write({}, modes.rows(subjects, results[:1]), path)
 
 
-def test_modes_are_of_blocks(capsys):
-    assert __main__.main(["model", "--write-modes"]) == 2 and "needs blocks" in capsys.readouterr().err
+def test_the_fastest_backends_are_written_from_measured_blocks(tmp_path):
+    subjects = shapes.blocks(["v1", "v2"], 0.25, 64)
+    times = {"eager": 9.0, "compile": 6.0, "cuda/chain": 4.0, "triton/chain": 12.0, "triton/algebraic": 3.0}
+    results = [
+        {"subject": s.name, "direction": d, "provider": name, "batch": 2, "amp": "bf16", "device": device,
+         "median_ms": ms / 100 if device == "cpu" or d == "forward" else ms}
+        for s in subjects for d in ("forward", "train") for device in ("cuda", "cpu") for name, ms in times.items()
+    ]  # fmt: skip
+    rows = modes.fastest_rows(subjects, results, "a card")
+    assert {row["op"] for row in rows} == set(modes.OPS.values())
+    assert {(row["backend"], row["speedup"]) for row in rows} == {("cuda", 1.5), ("triton", 2.0)}
+    path = tmp_path / "fastest.json"
+    old = [rows[0] | {"card": "another"}, rows[0] | {"speedup": 9.0}]
+    path.write_text(json.dumps({"measured": {}, "rows": old}))
+    modes.write_fastest({"device": "a card", "threads": 1, "torch": "t", "commit": "c"}, rows, path)
+    written = json.loads(path.read_text())
+    assert sorted(map(str, written["rows"])) == sorted(map(str, [old[0], *rows]))
+    found = choice.fastest_by_size(written["rows"])
+    assert {key[0] for key in found} == {"a card", "another"}
+    assert all(name == "triton" for key, sizes in found.items() if key[0] == "a card" for _, name in sizes)
+    with pytest.raises(BenchError, match="no block ran native and fused on a card"):
+        modes.write_fastest({}, modes.fastest_rows(subjects, [r for r in results if r["device"] == "cpu"], "c"), path)
+
+
+@pytest.mark.parametrize("option", ["--write-modes", "--write-backends"])
+def test_tables_are_of_blocks(option, capsys):
+    assert __main__.main(["model", option]) == 2 and "needs blocks" in capsys.readouterr().err

@@ -250,7 +250,7 @@ BLOCKS = {
 def test_the_mode_of_every_block_on_cuda(name, cuda_as_it_is, monkeypatch):
     cuda, real, found = torch.device("cuda"), choice.choose, {True: [], False: []}
 
-    def choose(device, dtype, backend, mode, positions=None, channels=None, trains=None):
+    def choose(device, dtype, backend, mode, positions=None, channels=None, trains=None, **_):
         if positions is not None:
             mode = real(cuda, dtype, "cuda", "algebraic", positions, channels, trains).mode
             found[trains].append((channels, mode))
@@ -280,11 +280,89 @@ def test_what_algebraic_mode_on_cuda_lacks_is_said(cuda_as_it_is, caplog):
     assert choice.choose(cuda, torch.bfloat16, "cuda", "auto", 10**6, 64, False).mode == "chain"  # nothing measured
 
 
+# ---- what was measured on a card ------------------------------------------------------------------------------------
+
+CARD = "NVIDIA H100 80GB HBM3"
+SPEEDUPS = {  # (op, side of the map) -> speed-ups over native by backend
+    ("inverted_residual", 112): {"cuda": 2.0, "triton": 1.5},
+    ("inverted_residual", 56): {"cuda": 1.2, "triton": 1.6},
+    ("inverted_residual", 7): {"cuda": 0.9, "triton": 0.8},
+    ("separable_conv", 14): {"triton": 1.1},
+}
+
+
+@pytest.fixture
+def measured_card(monkeypatch):
+    rows = [
+        {"card": CARD, "dtype": "bfloat16", "op": op, "height": side, "width": side, "backend": name, "speedup": value}
+        for (op, side), values in SPEEDUPS.items()
+        for name, value in values.items()
+    ]
+    monkeypatch.setattr(choice, "_FASTEST", choice.fastest_by_size(rows))
+    monkeypatch.setattr(choice, "_card", lambda device: CARD)
+    monkeypatch.setattr(backends, "implemented", lambda name: backends.MODE_STAGES["chain"])
+    monkeypatch.setattr(backends, "why_unavailable", lambda name, device: None)
+    choice._decide.cache_clear()
+    yield monkeypatch
+    choice._decide.cache_clear()
+
+
+def chosen(op, side, dtype=torch.bfloat16, **more):
+    return choice.choose(torch.device("cuda", 0), dtype, op=op, size=side * side, **more)
+
+
+def test_what_measured_fastest_on_the_card_runs(measured_card):
+    for side, want in ((224, "cuda"), (112, "cuda"), (111, "triton"), (56, "triton"), (28, "native"), (1, "native")):
+        found = chosen("inverted_residual", side)
+        assert (found.backend, found.mode) == (want, None if want == "native" else "chain"), side
+        assert "measured fastest on this card" in found.reason
+    # below the smallest size that was measured its row counts; a sequence goes by its blocks
+    assert chosen("separable_conv", 7).backend == chosen("separable_sequence", 7).backend == "triton"
+
+
+def test_what_was_not_measured_goes_by_the_rule(measured_card):
+    for found in (chosen("inverted_residual", 56, torch.float32), chosen("stem_conv_bn_act", 56)):
+        assert found.backend == "native" and "have not passed all their tests on a card yet" in found.reason
+    # and who asks for a backend by name gets it
+    assert chosen("inverted_residual", 56, backend="cuda").backend == "cuda"
+    with choice.backend("native"):
+        assert chosen("inverted_residual", 112).backend == "native"
+
+
+def test_a_measured_backend_that_is_not_there_is_passed_over(measured_card):
+    measured_card.setattr(backends, "why_unavailable", lambda name, device: "not built" if name == "cuda" else None)
+    found = chosen("inverted_residual", 112)
+    assert found.backend == "native" and "cuda: not built" in found.reason
+
+
+def test_the_measured_backend_of_a_block_that_is_too_wide(measured_card):
+    stages = backends.MODE_STAGES["chain"] | backends.MODE_STAGES["algebraic"]
+    measured_card.setattr(backends, "implemented", lambda name: stages)
+    modes = [
+        chosen("inverted_residual", 112, mode="algebraic", positions=112**2, channels=c, trains=False).mode
+        for c in (64, 65)
+    ]
+    assert modes == ["algebraic", "chain"]
+
+
+def test_blocks_ask_with_their_op_and_size(monkeypatch):
+    seen, real = [], choice.choose
+
+    def choose(*args, op=None, size=None, **more):
+        seen.append((op, size))
+        return real(*args[:2], "native")
+
+    monkeypatch.setattr(functional, "choose", choose)
+    mk.nn.FusedInvertedResidual(4, 4, 1, 2)(torch.randn(2, 4, 5, 6))
+    mk.nn.FusedStemConvBNAct(3, 4, 2)(torch.randn(2, 3, 8, 8))
+    assert seen == [("inverted_residual", 30), ("stem_conv_bn_act", 64)]
+
+
 def test_whether_a_gradient_may_be_asked_for():
     block = mk.nn.FusedInvertedResidual(4, 4, 1, 2)
     seen = []
 
-    def choose(*args):
+    def choose(*args, **_):
         seen.append(args[6])
         return choice.choose(*args[:2], "native")
 

@@ -92,6 +92,8 @@ def build_parser():
     add("--tile", action="append", default=[], metavar="SPEC", help=spec)
     add("--list-tiles", action="store_true", help="show the CUDA kernels' tile table and stop")
     add("--write-modes", action="store_true", help="blocks: write the table that automatic mode goes by")
+    help_ = "blocks on a card: write the table that the automatic choice of a backend goes by"
+    add("--write-backends", action="store_true", help=help_)
     return parser
 
 
@@ -139,8 +141,9 @@ def run(args):
     wanted = _providers(args, device)
     header, rows = environment.header(device) | {"clock": args.clock}, []
     print(f"{header['device']}, torch {header['torch']}, {header['threads']} threads, commit {header['commit']}")
-    if args.write_modes and args.level != "block":
-        raise BenchError("--write-modes needs blocks: python -m mnet_kernels.bench block --write-modes")
+    for name in ("modes", "backends"):
+        if getattr(args, f"write_{name}") and args.level != "block":
+            raise BenchError(f"--write-{name} needs blocks: python -m mnet_kernels.bench block --write-{name}")
     started = time.perf_counter()
     for subject, batch in itertools.product(subjects, args.batch or usual):
         setting = Setting(device, batch, args.amp, not args.eval)
@@ -157,6 +160,8 @@ def run(args):
                     write_atomic(Path(args.json), table.document(header, rows).encode())
     if args.write_modes:
         modes.write(header, modes.rows(subjects, rows))
+    if args.write_backends:
+        modes.write_fastest(header, modes.fastest_rows(subjects, rows, header["device"]))
     print(f"\n{len(rows)} rows in {time.perf_counter() - started:.0f} s" + (f", in {args.json}" if args.json else ""))
     return rows
 
