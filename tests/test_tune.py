@@ -313,7 +313,7 @@ def test_without_a_card(capsys, cache, monkeypatch):
     monkeypatch.setattr(tune_problems, "layers", lambda: [(Layer("depthwise", 9, 7, 7, 9, 5, 1, None), False)])
     assert tune.main(["--dry-run", "--kernels", "depthwise", "--dtypes", "fp16"]) == 0
     out = capsys.readouterr().out
-    assert "depthwise k5 2 bytes: 8x32, 4 warps" in out and "  on 64x9x7x7 dw5s1" in out and "try 16x32, 8" in out
+    assert "depthwise k5 2 bytes: 4x64, 4 warps" in out and "  on 64x9x7x7 dw5s1" in out and "try 8x64, 8" in out
 
 
 def test_a_whole_run(capsys, monkeypatch):
