@@ -90,7 +90,7 @@ def test_tf32_where_torchs_convolution_would_use_it():
 
 def interpreted(*arguments, package=TESTS.parent, timeout=900):
     environment = os.environ | {"TRITON_INTERPRET": "1", "MNET_NO_EXT": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(package), str(TESTS)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(package), str(TESTS), os.environ.get("PYTHONPATH", "")])
     # One seed: two draws, all that the interpreter's speed allows, are too few for the pass rule on fresh inputs.
     environment["MNET_TEST_SEED"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(package)]

@@ -279,7 +279,7 @@ def test_every_class_has_layers():
 @pytest.mark.skipif(bool(backends.triton.why_missing()), reason="triton is not installed")
 def test_the_search_itself(tmp_path):
     environ = os.environ | {"TRITON_INTERPRET": "1", "MNET_NO_EXT": "1", "OMP_NUM_THREADS": "1"}
-    environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(TESTS / "tune_interpreted.py"), str(tmp_path / "rows.json")]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

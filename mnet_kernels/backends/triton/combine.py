@@ -37,7 +37,7 @@ def combine_moments_kernel(partials, out, chunks, channels, BLOCK_K: tl.constexp
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < channels
     k = tl.arange(0, BLOCK_K)
-    shift = tl.load(partials + channels + c, mask=in_c & (chunks > 0), other=0.0).to(tl.float64)
+    shift = tl.load(partials + channels + c, mask=c < channels * tl.minimum(chunks, 1), other=0.0).to(tl.float64)
     count = tl.zeros((BLOCK_K, BLOCK_C), tl.float64)
     sum1, sum2 = count, count
     for start in range(0, chunks, BLOCK_K):

@@ -75,6 +75,7 @@ def gram_kernel(
     other = pair - upper * (upper + 1) // 2
     i, j = upper * BLOCK_C + tl.arange(0, BLOCK_C), other * BLOCK_C + tl.arange(0, BLOCK_C)
     in_i, in_j = i < channels, j < channels
+    writes = i < tl.where(upper == other, channels, 0)  # a channel's own values: once
     p = tl.arange(0, BLOCK_P)
     begin = chunk.to(tl.int64) * chunk_size
     end = tl.minimum(begin + chunk_size, positions)
@@ -88,7 +89,7 @@ def gram_kernel(
         v = load_values(y, bn, residual, row, p, i, valid, channels, ACT, NORMALIZED, RESIDUAL)
         if NORMALIZED:
             at = row * channels + (p[:, None] * channels + i[None, :])
-            tl.store(out + at, to_storage(v, out.dtype.element_ty), mask=valid & (upper == other))
+            tl.store(out + at, to_storage(v, out.dtype.element_ty), mask=valid & writes[None, :])
         centre_i = near_mean(v, valid, added)
         left = tl.where(valid, v - centre_i[None, :], 0.0)
         rest_i = tl.sum(left, 0) / added
@@ -107,7 +108,7 @@ def gram_kernel(
         count += added
         mean_i += delta_i * (added / count)
         mean_j += delta_j * (added / count)
-    tl.store(means + chunk.to(tl.int64) * channels + i, mean_i, mask=in_i & (upper == other))
+    tl.store(means + chunk.to(tl.int64) * channels + i, mean_i, mask=writes)
     at = products + chunk.to(tl.int64) * channels * channels + (i[:, None] * channels + j[None, :])
     tl.store(at, acc, mask=in_i[:, None] & in_j[None, :])
 
@@ -123,8 +124,9 @@ def combine_gram_kernel(
     i, j = element // channels, element % channels
     at = tl.maximum(i, j) * channels + tl.minimum(i, j)
     k = tl.arange(0, BLOCK_K)
-    first_i = tl.load(means + i, mask=exists & (chunks > 0), other=0.0).to(tl.float64)
-    first_j = tl.load(means + j, mask=exists & (chunks > 0), other=0.0).to(tl.float64)
+    known = element < channels * channels * tl.minimum(chunks, 1)
+    first_i = tl.load(means + i, mask=known, other=0.0).to(tl.float64)
+    first_j = tl.load(means + j, mask=known, other=0.0).to(tl.float64)
     sum_i = tl.zeros((BLOCK_K, BLOCK_C), tl.float64)
     sum_j, total = sum_i, sum_i
     for start in range(0, chunks, BLOCK_K):

@@ -118,6 +118,7 @@ def stem_backward_kernel(
     e = (pid // t_blocks % e_blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
     chunk = pid // t_blocks // e_blocks
     p = tl.arange(0, BLOCK_P)
+    writes = e < tl.where(t_block == 0, outputs, 0)  # dy: once
     begin, end = chunk_rows(chunk, segment_rows, per_segment, chunk_size)
     acc = tl.zeros((BLOCK_E, BLOCK_T), tl.float32)
     for row in range(begin, end, BLOCK_P):
@@ -126,7 +127,7 @@ def stem_backward_kernel(
         g = load_upstream(grad, y, y_bn, coef, None, row, p, e, valid, outputs, 1, Y_ACT, False)
         if NEEDS_DY:
             at = dy + row * outputs + (p[:, None] * outputs + e[None, :])
-            tl.store(at, to_storage(g.to(tl.float32), dy.dtype.element_ty), mask=valid & (t_block == 0))
+            tl.store(at, to_storage(g.to(tl.float32), dy.dtype.element_ty), mask=valid & writes[None, :])
         if NEEDS_DW:
             z = load_neighbours(
                 x, row, p, t, in_p[:, None] & (t < taps)[None, :], height, width, out_height, out_width,
