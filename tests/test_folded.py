@@ -171,6 +171,23 @@ def test_autocast_and_its_own_snapshot():
     assert 0 < error < 2 * theirs
 
 
+@models
+def test_networks_under_autocast(name):
+    """A squeeze-excite's gate stays float32; the pass rule as without autocast."""
+    verdict = Judge(torch.bfloat16)
+    for _ in range(4):
+        model, x = made(name), torch.randn(2, 3, 64, 47)
+        exact, plain, fused = mk.fold(model), mk.fold(model).float(), mk.fold(model, fused=True).float()
+        with torch.no_grad():
+            want = exact(x.double())
+            with torch.autocast("cpu", torch.bfloat16), mk.count_stages() as counts:
+                ours = fused(x)
+                theirs = plain(x)
+        assert counts and not native_calls(counts)
+        verdict.add("out", ours, theirs, want)
+    verdict.verdict()
+
+
 def test_snapshots():
     """Taken once; anew after .to(), load_state_dict, a copy and a pickle."""
     fused, other = inverted(), inverted()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..autograd import autocast_on, excite
+from ..autograd import autocast_off, autocast_on, excite
 from ..choice import choose
 from ..schema import ACTIVATIONS
 from ..stages import counted, note, stage
@@ -211,4 +211,9 @@ def _gate(stages, module, table, act):
     params = fusable.squeeze_excite_params(module)
     tensors = [None if t is None else t.detach().float() for t in params.tensors]
     names = params.activation, params.gate
-    return lambda y: excite.gate(names, stages.squeeze(y, table, act)[0], tensors)[0]
+
+    def run(y):
+        with autocast_off("cpu"):  # a gate is float32
+            return excite.gate(names, stages.squeeze(y, table, act)[0], tensors)[0]
+
+    return run
