@@ -74,15 +74,27 @@ def test_the_truth_about_the_device(monkeypatch):
         assert found is None if why is None else re.search(why, found)
 
 
-def test_tf32_where_torchs_convolution_would_use_it():
+def test_tf32_where_torchs_convolution_would_use_it(monkeypatch):
     conv, x = torch.backends.cudnn.conv, torch.empty(1)
     before = conv.fp32_precision
     try:
-        for precision, want in (("tf32", "tf32"), ("ieee", "ieee")):
+        for precision, hip, want in (("tf32", None, "tf32"), ("tf32", "6.4", "ieee"), ("ieee", None, "ieee")):
             conv.fp32_precision = precision
+            monkeypatch.setattr(torch.version, "hip", hip)  # AMD's cards have none
             assert launch.dot_precision(x) == want and launch.dot_precision(x.bfloat16()) == "ieee"
     finally:
         conv.fp32_precision = before
+
+
+def test_amds_cards_have_rows_of_their_own(monkeypatch):
+    """Their capabilities are other numbers."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    for hip, capability in ((None, (9, 4)), ("6.4", configs.AMD)):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert backends.triton.card(0) == ("AMD Instinct MI300X", capability)
+        row = configs.lookup("expand_depthwise", "k3", 4, capability)
+        assert row == configs.TABLE["expand_depthwise", "k3", 4, configs.AMD if hip else (9, 0)]
 
 
 # ---- in the interpreter ---------------------------------------------------------------------------------------------
