@@ -161,8 +161,8 @@ def test_hard_inputs(name, dtype):
     defined = name in ("common mode", "rank 2") and dtype == torch.float32
     case, verdict = Case(residual=True, n=4, c=12, e=40, h=14, w=13), Judge(dtype)
     autocast = None if dtype == torch.float32 else dtype
-    # Both errors hang on the few rows of W1 that are nearest to singular and scatter by factors: more draws.
-    for _ in range(60 if defined else 12):
+    # One flipped mask, or the row of W1 nearest to singular, moves a draw's error by orders of magnitude: many draws.
+    for _ in range(60):
         exact, low = rounded(case, dtype)
         with torch.no_grad():
             HARD[name](exact.x, exact.weights[0], exact.bns[0].weight, exact.bns[0].bias)
