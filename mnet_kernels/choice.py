@@ -162,8 +162,8 @@ _FASTEST = fastest_by_size(json.loads(FASTEST.read_text(encoding="utf-8"))["rows
 
 
 def fastest(device, dtype, op, size):
-    """The backend that measured fastest on this card for an op on maps of H*W ``size`` (the next smaller size that was
-    measured, else the smallest); None where nothing was."""
+    """The backend that measured fastest in training on this card for an op on maps of H*W ``size``, by the next smaller
+    size that was measured, else the smallest; None where nothing was."""
     found = None
     for least, name in _FASTEST.get((_card(device), dtype, _MEASURED_AS.get(op, op)), ()) if _FASTEST else ():
         if found is None or size >= least:

@@ -307,7 +307,7 @@ TABLES = {
         finalize.expand_finalize_kernel,
         {"HAS_GAMMA": True, "HAS_BETA": True, "BLOCK": finalize._EXPANDED, "BLOCK_C": finalize._INPUTS},
     ),
-    "combine_gram": (gram.combine_gram_kernel, {"DTYPE": tl.bfloat16, "BLOCK_K": 16, "BLOCK_C": 64}),
+    "combine_gram": (combine.combine_gram_kernel, {"DTYPE": tl.bfloat16, "BLOCK_K": 16, "BLOCK_C": 64}),
     "combine_sums": (combine.combine_sums_kernel, {"BLOCK_K": 16, "BLOCK_C": 64}),
     "combine_moments": (combine.combine_moments_kernel, {"BLOCK_K": 16, "BLOCK_C": 64}),
 }

@@ -143,6 +143,8 @@ def expand_finalize(gram, weight, gamma, beta, eps, count):
     gram = table("gram", gram, (inputs + 2, inputs), gram)
     check_storage("weight", weight)
     check_shape("weight", weight, (channels, inputs, 1, 1))
+    if weight.device != gram.device:
+        raise RuntimeError(f"weight is on {weight.device}; expected {gram.device}: move it")
     gamma, beta = table("gamma", gamma, (channels,), gram), table("beta", beta, (channels,), gram)
     out, mean = gram.new_empty((5, channels)), gram.new_empty(channels)
     with device_of(gram):

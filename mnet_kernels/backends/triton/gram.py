@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .combine import combine_gram
 from .device import activate, merge_gram, near_mean, normalized, rounded, to_storage
 from .launch import (
     FIXED,
@@ -29,11 +30,8 @@ from .launch import (
 
 # Of the products.  On tensor cores three of TF32 come to float32's, which NVIDIA's do not have; AMD's do.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
-GATE_RATIO = tl.constexpr(4.0)  # stages/reference.py
 # Chunks are of at least so many positions a channel: their products are a fraction of what is read.
 LEAST_RUN = 8
-_ROWS, _COLUMNS = 16, 64  # of the second level: chunks, elements
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -113,45 +111,6 @@ def gram_kernel(
     tl.store(at, acc, mask=in_i[:, None] & in_j[None, :])
 
 
-@triton.jit(do_not_specialize=["chunks", "positions", "chunk_size"])
-def combine_gram_kernel(
-    means, products, gram, chunks, positions, chunk_size, channels, DTYPE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The chunks' means and products, in a fixed order and in float64 -> gram [C + 2, C]; DTYPE: of the map."""
-    element = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists = element < channels * channels
-    i, j = element // channels, element % channels
-    at = tl.maximum(i, j) * channels + tl.minimum(i, j)
-    k = tl.arange(0, BLOCK_K)
-    known = element < channels * channels * tl.minimum(chunks, 1)
-    first_i = tl.load(means + i, mask=known, other=0.0).to(tl.float64)
-    first_j = tl.load(means + j, mask=known, other=0.0).to(tl.float64)
-    sum_i = tl.zeros((BLOCK_K, BLOCK_C), tl.float64)
-    sum_j, total = sum_i, sum_i
-    for start in range(0, chunks, BLOCK_K):
-        chunk = (start + k).to(tl.int64)[:, None]
-        valid = (chunk < chunks) & exists[None, :]
-        n = tl.minimum(positions - chunk * chunk_size, chunk_size).to(tl.float64)
-        d_i = tl.load(means + chunk * channels + i[None, :], mask=valid, other=0.0).to(tl.float64) - first_i[None, :]
-        d_j = tl.load(means + chunk * channels + j[None, :], mask=valid, other=0.0).to(tl.float64) - first_j[None, :]
-        product = tl.load(products + chunk * channels * channels + at[None, :], mask=valid, other=0.0).to(tl.float64)
-        sum_i += tl.where(valid, n * d_i, 0.0)
-        sum_j += tl.where(valid, n * d_j, 0.0)
-        total += tl.where(valid, product + n * d_i * d_j, 0.0)
-    sum_i, sum_j, total = tl.sum(sum_i, 0), tl.sum(sum_j, 0), tl.sum(total, 0)
-    n = tl.maximum(positions, 1).to(tl.float64)
-    covariance = (total - sum_i * (sum_j / n)) / n
-    covariance = tl.where((i == j) & (covariance < 0.0), 0.0, covariance).to(tl.float32)
-    tl.store(gram + element, covariance, mask=exists)
-    mean = (first_i + sum_i / n).to(tl.float32)
-    diagonal = exists & (i == j)
-    tl.store(gram + channels * channels + i, mean, mask=diagonal)
-    # a value of the storage dtype, or x - k would not be exact
-    distant = tl.abs(mean) > tl.sqrt_rn(tl.abs(covariance)) * GATE_RATIO
-    tl.store(gram + (channels + 1) * channels + i, tl.where(distant, rounded(mean, DTYPE), 0.0), mask=diagonal)
-
-
 def gram(x):
     """Launches ``gram_kernel``: the gram of a map."""
     check_map("x", x)
@@ -179,18 +138,12 @@ def _gather(y, bn, act, residual, out):
     run = max(cut.rows, least)
     count = triton.cdiv(rows, run)
     means, products = new_table(y, count, channels), new_table(y, count, channels, channels)
-    found = new_table(y, channels + 2, channels)
-    with device_of(y):
-        if y.numel():
+    if y.numel():
+        with device_of(y):
             gram_kernel[(count * pairs,)](
                 y, bn, residual, out, means, products, rows, run, channels // align, ALIGN=align, ACT=act,
                 NORMALIZED=out is not None, RESIDUAL=residual is not None, ONE_BLOCK=blocks == 1,
                 PRECISION=PRECISION, BLOCK_P=row.rows, BLOCK_C=row.columns, num_warps=row.warps,
                 num_stages=row.stages, **FIXED,
             )  # fmt: skip
-        if found.numel():
-            combine_gram_kernel[(triton.cdiv(channels * channels, _COLUMNS),)](
-                means, products, found, count, rows, run, channels, DTYPE=_DTYPES[y.dtype], BLOCK_K=_ROWS,
-                BLOCK_C=_COLUMNS, num_warps=4, **FIXED,
-            )  # fmt: skip
-    return found
+    return combine_gram(means, products, rows, run, y.dtype)

@@ -14,6 +14,7 @@ from . import card as known_as
 from . import configs as _configs
 
 # Given explicitly: triton's default is about to change.  The one place where fusion matters is tl.fma in any case.
+MAX_RUN = 4096  # positions that one program of a weight gradient sums on the tensor cores
 FIXED = {"enable_fp_fusion": True}
 
 
@@ -35,12 +36,12 @@ def chunks(segments, segment_rows, block_rows, blocks, capability):
     return Chunks(segment_rows, max(per_segment, 1), rows, segments * per_segment)
 
 
-def cut_at(most, cut):
-    """Chunks of at most so many positions, a whole number of blocks; of one segment."""
-    if cut.rows <= most:
+def of_short_runs(cut):
+    """Chunks, of one segment, of at most MAX_RUN positions."""
+    if cut.rows <= MAX_RUN:
         return cut
-    count = triton.cdiv(cut.segment, most)
-    return cut._replace(rows=most, per_segment=count, count=count)
+    count = triton.cdiv(cut.segment, MAX_RUN)
+    return cut._replace(rows=MAX_RUN, per_segment=count, count=count)
 
 
 @functools.lru_cache(maxsize=64)

@@ -36,16 +36,14 @@ from .launch import (
     check_weight,
     chunks,
     config,
-    cut_at,
     device_of,
     dot_precision,
     new_map,
     new_table,
+    of_short_runs,
     positions,
     table,
 )
-
-MAX_RUN = 4096  # positions that one program of the weight gradient sums on the tensor cores
 
 _COUNTS = ["segment_rows", "per_segment", "chunk_size", "image_rows"]
 
@@ -300,7 +298,7 @@ def _wgrad(grad, y, y_bn, coef, offset, y_act, x, bn, act, gate):
     row = config("pointwise_wgrad", configs.width_class(channels, outputs), x)
     row = wgrad_row(row, gate is not None, offset is not None)
     blocks = triton.cdiv(outputs, row.rows) * triton.cdiv(channels, row.columns)
-    cut = cut_at(MAX_RUN, chunks(1, positions(x), row.depth, blocks, capability(x)))
+    cut = of_short_runs(chunks(1, positions(x), row.depth, blocks, capability(x)))
     partials = new_table(x, cut.count, 1, outputs * channels)
     units, aligns = _widths(channels, outputs)
     if x.numel():

@@ -21,16 +21,15 @@ from .launch import (
     check_weight,
     chunks,
     config,
-    cut_at,
     device_of,
     dot_precision,
     new_map,
     new_table,
+    of_short_runs,
     positions,
     table,
 )
 
-MAX_RUN = 4096  # positions that one program of the weight gradient sums on the tensor cores
 _IMAGE = [
     "taps", "height", "width", "out_height", "out_width", "stride_n", "stride_c", "stride_h", "stride_w",
 ]  # fmt: skip
@@ -193,7 +192,7 @@ def stem_backward(grad, y, y_bn, coef, y_act, x, stride, needs_dy, needs_dw):
         return dy, new_table(x, 0)
     row, align = config("stem_backward", "any", x), alignment(outputs)
     blocks = triton.cdiv(outputs, row.rows) * (triton.cdiv(taps, row.columns) if needs_dw else 1)
-    cut = cut_at(MAX_RUN, chunks(1, positions(y), row.depth, blocks, capability(x)))
+    cut = of_short_runs(chunks(1, positions(y), row.depth, blocks, capability(x)))
     partials = new_table(x, cut.count, 1, outputs * taps) if needs_dw else None
     if y.numel():
         with device_of(x):
