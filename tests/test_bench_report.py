@@ -54,6 +54,36 @@ def test_report_of_two_files_of_one_machine_is_one_table(tmp_path, capsys):
     assert out.count("a processor") == 1 and "| a |" in out and "| b |" in out
 
 
+def test_summary_is_over_the_fastest_plain_provider(tmp_path, capsys):
+    tuned = SAVED_HEADER | {"environ": {"MALLOC_TRIM_THRESHOLD_": "4294967296"}}
+    rows = {
+        "a": [
+            saved_row("a", "eager"),
+            saved_row("a", "eager (again)", median_ms=0.1),
+            saved_row("a", "compile", median_ms=1.5),
+        ],
+        "b": [saved_row("b", "eager"), saved_row("b", "compile", error="no memory")],
+        "c": [saved_row("c", "eager")],
+    }
+    ours = [saved_row("a", "cpu/chain", median_ms=1.0), saved_row("a", "cpu/auto", median_ms=0.5)]
+    ours += [saved_row("b", "cpu/auto", median_ms=4.0), saved_row("c", "cpu/auto", error="no such kernel")]
+    plain = [row for name in rows for row in rows[name]]
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, header in zip(paths, (SAVED_HEADER, tuned), strict=True):
+        path.write_text(json.dumps({"header": header, "rows": plain + ours}))
+    assert __main__.main(["report", "--summary", *map(str, paths)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "| fastest fused over fastest plain | a | b |",
+        "| --- | --- | --- |",
+        "| block, train, batch 2, float32, 1 thread, allocator by default | 3.00 compile | 0.50 eager |",
+        "| block, train, batch 2, float32, 1 thread, allocator tuned | 3.00 compile | 0.50 eager |",
+    ]
+    paths[0].write_text(json.dumps({"header": SAVED_HEADER, "rows": plain}))
+    assert __main__.main(["report", "--summary", str(paths[0])]) == 2
+    assert "nothing to sum up" in capsys.readouterr().err
+
+
 def test_report_of_pytest_benchmark_says_that_it_is_not_interleaved(tmp_path, capsys):
     stats = {"eager": 3e-3, "cpu/chain": 2e-3}
     rows = [

@@ -131,6 +131,53 @@ def _line(cells):
     return "| " + " | ".join(cells) + " |"
 
 
+def summary(files):
+    """One Markdown table of all files: a setting a line, a subject a column; each cell how many times as fast the
+    fastest fused provider is as the fastest plain one beside it, by their medians, and that one's name.
+
+    Raises:
+        BenchError: no setting has both.
+    """
+    found = {}
+    for header, rows in files:
+        for group, subjects in groups(rows).items():
+            line = found.setdefault((*heading(group).split(", "), _threads(header), _allocator(header)), {})
+            for subject, by_provider in subjects.items():
+                if text := _over_best(by_provider):
+                    line.setdefault(subject, []).append(text)
+    found = {setting: line for setting, line in found.items() if line}
+    if not found:
+        raise BenchError("there is nothing to sum up: no subject has both a plain and a fused provider")
+    names = list(dict.fromkeys(subject for line in found.values() for subject in line))
+    lines = [_line(["fastest fused over fastest plain", *names]), _line(["---"] * (1 + len(names)))]
+    for setting, line in found.items():
+        lines.append(_line([", ".join(s for s in setting if s), *("; ".join(line.get(name, [])) for name in names)]))
+    return "\n".join(lines) + "\n"
+
+
+def _threads(header):
+    count = header.get("threads")
+    return "" if header.get("driver") else f"{count} thread{'s' * (count != 1)}"
+
+
+def _allocator(header):
+    """Whether glibc was told not to return freed memory; a card's memory is not its business."""
+    if header.get("driver"):
+        return ""
+    return "allocator " + ("tuned" if "MALLOC_TRIM_THRESHOLD_" in (header.get("environ") or {}) else "by default")
+
+
+def _over_best(by_provider):
+    """A subject's cell of the summary, or None where a side is missing."""
+    times = {name: row["median_ms"] for name, row in by_provider.items() if "median_ms" in row and "error" not in row}
+    plain = [name for name in times if name in providers.NATIVE]
+    ours = [name for name in times if "/" in name]
+    if not plain or not ours:
+        return None
+    best = min(plain, key=times.get)
+    return f"{times[best] / min(times[name] for name in ours):.2f} {best}"
+
+
 def chart(files):
     """A PNG of all speed-ups with their intervals, as bytes; ``files``: list of (header, rows).
 
@@ -199,6 +246,9 @@ def build_parser():
         "files", nargs="+", metavar="FILE", help="of mnet_kernels.bench, bench/gpu.sh, pytest-benchmark"
     )
     parser.add_argument("--png", metavar="FILE", help="write the chart there")
+    parser.add_argument(
+        "--summary", action="store_true", help="one table of all files: the fastest fused over the fastest plain"
+    )
     return parser
 
 
@@ -221,8 +271,9 @@ def main(argv=None):
         files = together([read(path) for path in args.files])
         if args.png:
             write_atomic(args.png, chart(files))
+        text = summary(files) if args.summary else "\n".join(markdown(header, rows) for header, rows in files)
     except (BenchError, TrainingError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    print("\n".join(markdown(header, rows) for header, rows in files), end="")
+    print(text, end="")
     return 0
