@@ -10,7 +10,7 @@
 // store and sums.  Maps are read in their own order, position by position, and their next row is prefetched; only the ring
 // is walked vector by vector (k 3, stride 1: 408 bytes a channel, in the second-level cache for all but the narrowest
 // maps; splitting the channels to fit the first level costs more than it saves, because memory is then met in shorter
-// pieces).  Sums and dW stay in float32 for runs of a few positions and are then added to doubles.
+// pieces).  A large gx is streamed (simd.h).  Sums and dW stay in float32 for runs of a few positions and are then added to doubles.
 #pragma once
 
 
@@ -85,10 +85,16 @@ void load_dy(const DepthwiseBackwardParams& p, const Vectors& vectors, const typ
   });
 }
 
+template <typename Storage>
+MNET_HD bool streams_gx(const DepthwiseBackwardParams& p) {
+  return streams<Storage>(p.gx, p.n * p.h * p.w, p.c);
+}
+
 // z = act(bn(x)), rounded, of `count` columns from `x` on.
 template <typename Storage, bool kPartial>
 void load_z(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* x,
             const typename Storage::Lane* gx, int count, Vec* out, int64_t pitch) {
+  const bool in_cache = gx != nullptr && !streams_gx<Storage>(p);
   const int64_t next = int64_t{p.w} * p.c;
   const auto fill = [&](auto prologue) {
     for (int j = 0; j < count; ++j) {
@@ -97,7 +103,7 @@ void load_z(const DepthwiseBackwardParams& p, const Vectors& vectors, const type
         const int64_t at = int64_t{j} * p.c + k.channel;
         if (starts_line<Storage>(v)) {
           prefetch<false>(x, at + next);
-          if (gx != nullptr) prefetch<true>(gx, at);  // about to be written
+          if (in_cache) prefetch<true>(gx, at);  // about to be written
         }
         out[v * pitch + j] = prologue(load_map<Storage, kPartial>(x + at, k.valid), k.scale, k.shift);
       }
@@ -116,6 +122,7 @@ void load_z(const DepthwiseBackwardParams& p, const Vectors& vectors, const type
 template <typename Storage, bool kPartial>
 void store_gx(const DepthwiseBackwardParams& p, const Vectors& vectors, const typename Storage::Lane* x,
               const typename Storage::Lane* residual, typename Storage::Lane* gx, int count, const Vec* gz, int64_t pitch) {
+  const bool stream = streams_gx<Storage>(p);
   if (p.bn == nullptr) {
     for_blocks<4>(0, count, [&](auto block, int j) {
       for (int v = vectors.begin; v < vectors.end; ++v) {
@@ -125,7 +132,7 @@ void store_gx(const DepthwiseBackwardParams& p, const Vectors& vectors, const ty
           const int64_t at = int64_t{j + i} * p.c + k.channel;
           Vec value = gz[v * pitch + j + i];
           if (residual != nullptr) value = value + load_map<Storage, kPartial>(residual + at, k.valid);
-          store_map<Storage, kPartial>(gx + at, value, k.valid);
+          stream_map<Storage, kPartial>(gx + at, value, k.valid, stream);
         }
       }
     });
@@ -142,7 +149,7 @@ void store_gx(const DepthwiseBackwardParams& p, const Vectors& vectors, const ty
           const int64_t at = int64_t{j + i} * p.c + k.channel;
           const Vec value = load_map<Storage, kPartial>(x + at, k.valid);
           const Vec masked = gz[v * pitch + j + i] * decltype(act)::bwd(Vec(scale * value + shift));
-          const Vec stored = store_map<Storage, kPartial>(gx + at, masked, k.valid);
+          const Vec stored = stream_map<Storage, kPartial>(gx + at, masked, k.valid, stream);
           sum = sum + stored;
           sum_x = sum_x + stored * (value - mean);
         }
@@ -253,6 +260,7 @@ class BackwardUnit {
     }
     flush_sums();
     flush_dw();
+    end_stream(p_.gx != nullptr && streams_gx<Storage>(p_));
   }
 
  private:

@@ -4,7 +4,7 @@
 // kKernel activated input rows, kInColumns wide, float32, stays in the first-level cache (k 3, stride 1, 16 lanes:
 // 6.5 KiB): every input is read, converted and activated once per tile, and each output row costs `stride` new input
 // rows.  Zero padding is written into the ring, so the convolution itself has no borders.  The vectors of a channel
-// block take turns row by row, which uses each cache line of x and y while it is near.
+// block take turns row by row, which uses each cache line of x and y while it is near.  A large y is streamed (simd.h).
 #pragma once
 
 #include <cstdint>
@@ -110,6 +110,8 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
   const auto* x = static_cast<const Lane*>(p.x);
   auto* y = static_cast<Lane*>(p.y);
   const int64_t in_row = int64_t{p.w} * p.c, out_row = int64_t{p.out_w} * p.c;
+  // Without moments it is inference: the next layer reads y at once, and nobody later.
+  const bool stream = unit.mean != nullptr && streams<typename Traits::Storage>(p.y, p.n * p.out_h * p.out_w, p.c);
   int64_t flushed = 0;  // positions already in the sums
   int run = 0;          // positions in the current run
   const auto flush = [&] {
@@ -147,18 +149,19 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
         for (int i = 0; i < kKernel; ++i) rows[i] = lanes.ring[slot(top + i)];
         // The row after this one, which the next turn of this vector writes.
         Lane* const to = y + row * out_row + column * p.c + lanes.channel;
-        if (lanes.channel * static_cast<int>(sizeof(Lane)) % 64 == 0) {
+        if (!stream && lanes.channel * static_cast<int>(sizeof(Lane)) % 64 == 0) {
           for (int j = 0; j < columns; ++j) prefetch<true>(to, out_row + int64_t{j} * p.c);
         }
         const auto output = partial ? output_row<Traits, 1, true> : output_row<Traits, 1, false>;
         output(lanes.moments, lanes.weight, rows, columns, to, p.c, lanes.valid,
-               MNET_PLANT(6, run == 0, run + flushed == 0), run + flushed == 0);
+               MNET_PLANT(6, run == 0, run + flushed == 0), run + flushed == 0, stream);
       }
       loaded = top + kKernel;
       run += columns;
     }
   }
   flush();
+  end_stream(stream);
 
   if (unit.mean == nullptr) return;
   for (int g = 0; g < num_groups; ++g) {

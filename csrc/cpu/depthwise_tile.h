@@ -73,7 +73,7 @@ MNET_HD void convolve(const Vec* const* rows, int in_column, const Vec* weight, 
 // Outputs [0, columns) of a row: rounds, stores `pitch` apart, and adds the stored values to the running moments.
 template <typename Traits, int kPitch, bool kPartial>
 void output_row(ChannelMoments& m, const Vec* weight, const Vec* const* rows, int columns, typename Traits::Lane* to,
-                int64_t pitch, int valid, bool first_of_run, bool first_of_unit) {
+                int64_t pitch, int valid, bool first_of_run, bool first_of_unit, bool stream) {
   Vec shift = m.run_shift, sum1 = m.run_sum1, sum2 = m.run_sum2;
   if (first_of_run) sum1 = sum2 = Vec{};
   // Neighbours are added first: a long float32 sum then has a fourth of the roundings.
@@ -84,7 +84,7 @@ void output_row(ChannelMoments& m, const Vec* weight, const Vec* const* rows, in
     MNET_UNROLL
     for (int b = 0; b < decltype(block)::value; ++b) {
       const int64_t at = static_cast<int64_t>(column + b) * pitch;
-      const Vec stored = store_map<typename Traits::Storage, kPartial>(to + at, out[b], valid);
+      const Vec stored = stream_map<typename Traits::Storage, kPartial>(to + at, out[b], valid, stream);
       if (b == 0 && column == 0 && first_of_unit) shift = stored;
       const Vec d = stored - shift;
       d1 = b == 0 ? d : d1 + d;

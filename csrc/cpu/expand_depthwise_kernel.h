@@ -190,7 +190,7 @@ class ExpandDepthwise {
         const Vec* at[Traits::kKernel];
         for (int i = 0; i < Traits::kKernel; ++i) at[i] = rows[i] + int64_t{column} * Traits::kStride * kVecs + v;
         output_row<Traits, kVecs, decltype(partial)::value>(s.moments[v], s.weight[v], at, columns, to + c, p_.c, valid,
-                                                            s.run == 0, s.run + s.flushed == 0);
+                                                            s.run == 0, s.run + s.flushed == 0, /*stream=*/false);
       });
       s.run += columns;
     }

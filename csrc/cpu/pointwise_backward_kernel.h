@@ -3,7 +3,8 @@
 // Memory plan.  A unit walks down its positions in tiles of grad and y, from which dy is built once, rounded to storage
 // and kept in float32 in the second-level cache.  Then panel by panel of x's channels: gz = dy W into a panel in the
 // first-level cache; one loop over it and x that masks, stores gx, adds up its sums and leaves the activated z in
-// another panel; and dW += dy^T z from the two while they are near.  x, grad and y are read once, gx is written once.
+// another panel; and dW += dy^T z from the two while they are near.  x, grad and y are read once, gx is written once (and
+// streamed where it is large, simd.h).
 // Every chunk has its own part of dW, in panels [panel][e][kPanel]: a tile adds a run of 42 positions to it.
 #pragma once
 
@@ -28,6 +29,7 @@ struct PanelColumn {
   typename Storage::Lane* gx;              // or nullptr
   int64_t pitch;
   int valid;
+  bool stream;  // gx
   const float *scale, *shift, *mean;  // of x's batch norm
   const float* gate;                  // of one image, or nullptr
 };
@@ -42,7 +44,7 @@ void masked_column(const PanelColumn<Storage>& p, int rows, Vec* sums) {
     const Vec u = scale * x + shift;
     store_deep<Storage, false>(p.activated, p.first + row, Act::fwd(u));
     Vec g = load_vec(p.product + row * kPanel) * Act::bwd(u);
-    if constexpr (kStore) g = store_map<Storage, kPartial>(p.gx + row * p.pitch, g, p.valid);
+    if constexpr (kStore) g = stream_map<Storage, kPartial>(p.gx + row * p.pitch, g, p.valid, p.stream);
     sum = sum + g;
     sum_y = sum_y + g * (x - mean);
   }
@@ -61,7 +63,7 @@ void gated_column(const PanelColumn<Storage>& p, int rows, Vec* sums) {
     const Vec u = scale * x + shift, z = Act::fwd(u);
     store_deep<Storage, false>(p.activated, p.first + row, Vec(z * gate));
     Vec dz = load_vec(p.product + row * kPanel);
-    if (p.gx != nullptr) dz = store_map<Storage, kPartial>(p.gx + row * p.pitch, dz, p.valid);
+    if (p.gx != nullptr) dz = stream_map<Storage, kPartial>(p.gx + row * p.pitch, dz, p.valid, p.stream);
     const Vec g = dz * Act::bwd(u);
     sum_z = sum_z + dz * z;
     sum = sum + g;
@@ -83,7 +85,7 @@ void plain_column(const PanelColumn<Storage>& p, int rows) {
     if (p.gx == nullptr) continue;
     Vec g = load_vec(p.product + row * kPanel);
     if (p.residual != nullptr) g = g + load_map<Storage, kPartial>(p.residual + at, p.valid);
-    store_map<Storage, kPartial>(p.gx + at, g, p.valid);
+    stream_map<Storage, kPartial>(p.gx + at, g, p.valid, p.stream);
   }
 }
 
@@ -140,6 +142,7 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
   const auto table = [&](int row) { return p.bn == nullptr ? nullptr : arena.copy(p.bn + int64_t{row} * p.c, p.c); };
   const float *scale = table(0), *shift = table(1), *mean = table(2);
 
+  const bool stream = p.gx != nullptr && streams<Storage>(p.gx, p.positions(), p.c);
   const bool needs_product = p.gx != nullptr || p.sums != nullptr;
   const int64_t first_image = p.gate == nullptr ? 0 : unit.row_begin / p.image_positions;
   double* sums = nullptr;
@@ -177,7 +180,7 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
       ahead.add(static_cast<const Lane*>(p.y) + next * p.e, count * p.e * sizeof(Lane));
       if (plan.blocks == 1) {
         ahead.add(static_cast<const Lane*>(p.x) + next * p.c, count * p.c * sizeof(Lane));
-        if (p.gx != nullptr) ahead.add(static_cast<const Lane*>(p.gx) + next * p.c, count * p.c * sizeof(Lane));
+        if (p.gx != nullptr && !stream) ahead.add(static_cast<const Lane*>(p.gx) + next * p.c, count * p.c * sizeof(Lane));
       }
       const int64_t blocks = (needs_product ? deep_blocks(rows, words(p.e)) : 0) +
                              (partial_dw != nullptr ? along_blocks(p.e, rows) : 0);
@@ -202,6 +205,7 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
           piece.gx = p.gx == nullptr ? nullptr : static_cast<Lane*>(p.gx) + at;
           piece.pitch = p.c;
           piece.valid = valid;
+          piece.stream = stream;
           if (p.bn != nullptr) {
             piece.scale = scale + column + c;
             piece.shift = shift + column + c;
@@ -218,6 +222,7 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
       }
     }
   }
+  end_stream(stream);
 }
 
 void pointwise_backward_unit(const PointwiseBackwardParams& params, Dtype dtype, const PointwisePlan& plan,

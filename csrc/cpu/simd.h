@@ -207,6 +207,45 @@ MNET_HD Vec store_map(typename Storage::Lane* to, Vec v, int valid) {
   return Storage::unpack(raw);
 }
 
+// Whether a map is written past the caches: so large that its reader comes too late to find it there, when a line that need
+// not be read before it is written saves half of the traffic.  By whole cache lines only: a vector must be one.
+template <typename Storage>
+MNET_HD bool streams(const void* map, int64_t positions, int64_t channels) {
+#if defined(MNET_CPU_F16C) && MNET_CPU_LANES == 16
+  constexpr int64_t kSmallest = int64_t{8} << 20, kLine = 64;
+  const int64_t row = channels * static_cast<int64_t>(sizeof(typename Storage::Lane));
+  return sizeof(typename Storage::Raw) == kLine && positions * row >= kSmallest && row % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(map) % kLine == 0;
+#else
+  (void)map, (void)positions, (void)channels;
+  return false;
+#endif
+}
+
+// store_map, past the caches where `stream` says so.
+template <typename Storage, bool kPartial>
+MNET_HD Vec stream_map(typename Storage::Lane* to, Vec v, int valid, bool stream) {
+#if defined(MNET_CPU_F16C) && MNET_CPU_LANES == 16
+  if constexpr (!kPartial && sizeof(typename Storage::Raw) == 64) {
+    if (stream) {
+      const Vec stored = Storage::pack(v);
+      _mm512_stream_ps(to, (__m512)stored);
+      return stored;
+    }
+  }
+#endif
+  (void)stream;
+  return store_map<Storage, kPartial>(to, v, valid);
+}
+
+// Ends a unit that has streamed: what it wrote comes before whatever the thread does next.
+MNET_HD void end_stream(bool stream) {
+#if defined(MNET_CPU_F16C)
+  if (stream) _mm_sfence();
+#endif
+  (void)stream;
+}
+
 // to[i] += v[i]: a float32 run is added to its double.
 MNET_HD void add_lanes(double* to, Vec v, int valid) {
   if (valid == kLanes) {
