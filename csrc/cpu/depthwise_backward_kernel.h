@@ -10,7 +10,8 @@
 // store and sums.  Maps are read in their own order, position by position, and their next row is prefetched; only the ring
 // is walked vector by vector (k 3, stride 1: 408 bytes a channel, in the second-level cache for all but the narrowest
 // maps; splitting the channels to fit the first level costs more than it saves, because memory is then met in shorter
-// pieces).  A large gx is streamed (simd.h).  Sums and dW stay in float32 for runs of a few positions and are then added to doubles.
+// pieces).  Sums and dW stay in float32 for runs of a few positions and are then added to doubles.  A large gx is streamed
+// (simd.h).
 #pragma once
 
 
