@@ -141,30 +141,34 @@ def summary(files):
     found = {}
     for header, rows in files:
         for group, subjects in groups(rows).items():
-            line = found.setdefault((*heading(group).split(", "), _threads(header), _allocator(header)), {})
+            line = found.setdefault((*group, *_surroundings(header)), {})
             for subject, by_provider in subjects.items():
                 if text := _over_best(by_provider):
                     line.setdefault(subject, []).append(text)
-    found = {setting: line for setting, line in found.items() if line}
-    if not found:
+    lines = {setting: line for setting, line in found.items() if line}
+    if not lines:
         raise BenchError("there is nothing to sum up: no subject has both a plain and a fused provider")
-    names = list(dict.fromkeys(subject for line in found.values() for subject in line))
-    lines = [_line(["fastest fused over fastest plain", *names]), _line(["---"] * (1 + len(names)))]
-    for setting, line in found.items():
-        lines.append(_line([", ".join(s for s in setting if s), *("; ".join(line.get(name, [])) for name in names)]))
-    return "\n".join(lines) + "\n"
+    names = list(dict.fromkeys(subject for line in lines.values() for subject in line))
+    table = [_line(["fastest fused over fastest plain", *names]), _line(["---"] * (1 + len(names)))]
+    for setting, line in sorted(lines.items(), key=_order):
+        group, surroundings = setting[: len(GROUP)], setting[len(GROUP) :]
+        label = ", ".join(part for part in (heading(group), *surroundings) if part)
+        table.append(_line([label, *("; ".join(line.get(name, [])) for name in names)]))
+    return "\n".join(table) + "\n"
 
 
-def _threads(header):
-    count = header.get("threads")
-    return "" if header.get("driver") else f"{count} thread{'s' * (count != 1)}"
+def _order(item):
+    setting = item[0]
+    return tuple((0, part, "") if isinstance(part, int) else (1, 0, str(part)) for part in setting)
 
 
-def _allocator(header):
-    """Whether glibc was told not to return freed memory; a card's memory is not its business."""
+def _surroundings(header):
+    """What the times of a processor depend on beside the setting: its threads, and whether glibc was told not to return
+    freed memory."""
     if header.get("driver"):
-        return ""
-    return "allocator " + ("tuned" if "MALLOC_TRIM_THRESHOLD_" in (header.get("environ") or {}) else "by default")
+        return ()
+    count, tuned = header.get("threads"), "MALLOC_TRIM_THRESHOLD_" in (header.get("environ") or {})
+    return f"{count} thread{'s' * (count != 1)}", "allocator tuned" if tuned else "allocator by default"
 
 
 def _over_best(by_provider):
