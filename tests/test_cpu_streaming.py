@@ -23,8 +23,8 @@ def table(like):
 
 
 def of_image(args, i):
-    """The arguments of a stage for one image."""
-    return [a[i : i + 1] if isinstance(a, torch.Tensor) and a.dim() == 4 and a.shape[0] == IMAGES else a for a in args]
+    """The arguments of a stage for one image: no other tensor here has so many rows."""
+    return [a[i : i + 1] if isinstance(a, torch.Tensor) and a.shape[0] == IMAGES else a for a in args]
 
 
 def check(op, args):
@@ -72,8 +72,4 @@ def test_pointwise_backward_with_a_gate():
     x, y, grad = maps(c), maps(e), maps(e)
     weight, coef, gate = torch.randn(e, c, 1, 1), torch.randn(4, e), torch.rand(IMAGES, c)
     args = (grad, y, table(y), coef, 0, None, x, weight, table(x), 2, gate, None, True, True, True)
-    together = torch.ops.mnet_cpu.pointwise_backward(*args)[0]
-    for i in range(IMAGES):
-        alone = of_image(args, i)
-        alone[10] = gate[i : i + 1]
-        assert torch.equal(together[i : i + 1], torch.ops.mnet_cpu.pointwise_backward(*alone)[0]), f"image {i}"
+    check(torch.ops.mnet_cpu.pointwise_backward, args)
