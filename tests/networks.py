@@ -16,7 +16,11 @@ def randomise(model):
             if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
                 m.weight.normal_(std=m.weight[0].numel() ** -0.5)
                 if m.bias is not None:
-                    m.bias.uniform_(0, 0.6)  # of squeeze-excite's few hidden units some must be alive behind the ReLU
+                    m.bias.uniform_(0.5, 1.5)
+                    if isinstance(m, torch.nn.Conv2d):
+                        # squeeze-excite's: next to the bias the sum is so small that its ReLU, of perhaps three hidden
+                        # units, is alive, and so is its hard sigmoid
+                        m.weight *= m.weight[0].numel() ** -0.5
             elif isinstance(m, torch.nn.BatchNorm2d):
                 m.weight.uniform_(0.5, 1.5)
                 m.bias.normal_(0.5, 0.5)
