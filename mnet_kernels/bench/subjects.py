@@ -121,8 +121,8 @@ class Model:
                 loss()
 
         def train():
-            optimizer.zero_grad(set_to_none=True)
             loss().backward()
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # at the end: a step's memory does not begin with the last one's
 
         return Workload({"forward": forward, "train": train}, loss, list(module.parameters()))

@@ -153,17 +153,6 @@ def _entry(subject, paths, options):
     return entry, found
 
 
-def without_gradients(call, parameters):
-    """``call``, after which no parameter has a gradient: so that a step's memory does not begin with the last one's."""
-
-    def step():
-        call()
-        for parameter in parameters:
-            parameter.grad = None
-
-    return step
-
-
 def _side(provider, row, call, found, flops, options, subject):
     setting, name = options.setting, scheme(provider)
     excited = any(isinstance(module, SqueezeExcite) for module in subject.module.modules())
