@@ -38,3 +38,11 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
     assert run(out) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def profile():
+    """Of two blocks and a model, collected once; not to be changed."""
+    from profiles import collected
+
+    return collected()

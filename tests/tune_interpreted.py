@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+import fast_interpreter  # noqa: F401
 import torch
-import triton_interpreted  # noqa: F401  (makes the interpreter several times faster)
 
 from mnet_kernels.backends.triton import INTERPRETED, configs, launch
 from mnet_kernels.bench import tune_problems, tuning
