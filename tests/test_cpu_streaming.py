@@ -73,3 +73,11 @@ def test_pointwise_backward_with_a_gate():
     weight, coef, gate = torch.randn(e, c, 1, 1), torch.randn(4, e), torch.rand(IMAGES, c)
     args = (grad, y, table(y), coef, 0, None, x, weight, table(x), 2, gate, None, True, True, True)
     check(torch.ops.mnet_cpu.pointwise_backward, args)
+
+
+@pytest.mark.parametrize("channels", [32, 40])
+@pytest.mark.parametrize(("k", "stride"), [(3, 1), (5, 2)])
+def test_expand_depthwise(channels, k, stride):
+    x, bn = maps(8, SIDE * stride), torch.randn(5, channels)
+    args = (x, torch.randn(8), torch.randn(channels, 8, 1, 1), bn, 2, torch.randn(channels, 1, k, k), stride, True)
+    check(torch.ops.mnet_cpu.expand_depthwise, args)

@@ -112,6 +112,8 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
   const int64_t in_row = int64_t{p.w} * p.c, out_row = int64_t{p.out_w} * p.c;
   // Without moments it is inference: the next layer reads y at once, and nobody later.
   const bool stream = unit.mean != nullptr && streams<typename Traits::Storage>(p.y, p.n * p.out_h * p.out_w, p.c);
+  const int64_t gathered_pitch = int64_t{num_groups} * kLanes;
+  const Scratch<Vec> gathered(kGathers && stream ? int64_t{Traits::kColumns} * num_groups : 0);
   int64_t flushed = 0;  // positions already in the sums
   int run = 0;          // positions in the current run
   const auto flush = [&] {
@@ -148,13 +150,19 @@ void run_unit(const DepthwiseParams& p, const DepthwiseUnit& unit) {
         const Vec* rows[kKernel];
         for (int i = 0; i < kKernel; ++i) rows[i] = lanes.ring[slot(top + i)];
         // The row after this one, which the next turn of this vector writes.
-        Lane* const to = y + row * out_row + column * p.c + lanes.channel;
+        Lane* to = y + row * out_row + column * p.c + lanes.channel;
         if (!stream && lanes.channel * static_cast<int>(sizeof(Lane)) % 64 == 0) {
           for (int j = 0; j < columns; ++j) prefetch<true>(to, out_row + int64_t{j} * p.c);
         }
+        const bool gather = kGathers && stream;
+        if (gather) to = reinterpret_cast<Lane*>(gathered.memory + g);
         const auto output = partial ? output_row<Traits, 1, true> : output_row<Traits, 1, false>;
-        output(lanes.moments, lanes.weight, rows, columns, to, p.c, lanes.valid,
-               MNET_PLANT(6, run == 0, run + flushed == 0), run + flushed == 0, stream);
+        output(lanes.moments, lanes.weight, rows, columns, to, gather ? gathered_pitch : p.c, lanes.valid,
+               MNET_PLANT(6, run == 0, run + flushed == 0), run + flushed == 0, stream && !gather);
+      }
+      if (kGathers && stream) {
+        stream_rows(y + row * out_row + column * p.c + unit.channel_begin, p.c,
+                    reinterpret_cast<const float*>(gathered.memory), gathered_pitch, columns, num_groups * kLanes);
       }
       loaded = top + kKernel;
       run += columns;

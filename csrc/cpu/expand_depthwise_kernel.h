@@ -6,7 +6,7 @@
 // ring of rows, and the convolution of the ring's rows into y with its moments.  The ring holds a strip's rows and the
 // kernel's overlap for every panel of the unit (144 channels of 56 columns: 5 rows, 167 KiB); the plan blocks the channels
 // so that ring and weight stay in the second-level cache.  The columns beside the image are zero in the ring from the
-// start; rows beyond it are one row of zeros.
+// start; rows beyond it are one row of zeros.  A large y is streamed where a panel is one cache line (simd.h).
 #pragma once
 
 #include <cstdint>
@@ -58,9 +58,13 @@ class ExpandDepthwise {
         ring_(ring_row_ * ring_rows_ * panels_ + ring_row_),
         states_(panels_),
         product_rows_(kStripPositions / p_.w > 1 ? kStripPositions / p_.w : 1),
-        arena_(ShiftedRows<Storage>::floats(int64_t{ring_rows_} * p_.w, c_) + int64_t{product_rows_} * p_.w * kPanel),
+        stream_(kGathers && unit.mean != nullptr && streams<Storage>(p_.y, p_.n * p_.out_h * p_.out_w, p_.c)),
+        gathered_floats_(stream_ ? int64_t{kPanel} * least<int64_t>(kLongestRun, p_.out_w) : 0),
+        arena_(ShiftedRows<Storage>::floats(int64_t{ring_rows_} * p_.w, c_) + int64_t{product_rows_} * p_.w * kPanel +
+               gathered_floats_),
         source_(arena_, p.expand.x, p.expand.shift, c_, int64_t{ring_rows_} * p_.w),
-        result_(arena_.take(int64_t{product_rows_} * p_.w * kPanel)) {
+        result_(arena_.take(int64_t{product_rows_} * p_.w * kPanel)),
+        gathered_(arena_.take(gathered_floats_)) {
     fill_zero(ring_.memory, ring_.memory + ring_row_ * (int64_t{ring_rows_} * panels_ + 1));
     for (int64_t i = 0; i < int64_t{product_rows_} * p_.w * kPanel; ++i) result_[i] = 0.f;  // not every column is written
     for (int i = 0; i < panels_; ++i) init(*new (states_.memory + i) Panel, channel(i));
@@ -91,6 +95,7 @@ class ExpandDepthwise {
       loaded = bottom > loaded ? bottom : loaded;
       row += rows;
     }
+    end_stream(stream_);
     if (unit_.mean == nullptr) return;
     for (int i = 0; i < panels_; ++i) {
       Panel& s = states_.memory[i];
@@ -137,7 +142,7 @@ class ExpandDepthwise {
     const int64_t x_rows = least<int64_t>(int64_t{plan_.strip_rows} * Traits::kStride, image_rows);
     ahead.add(source_.at((next / p_.out_h == image ? image * p_.h + bottom : (image + 1) * p_.h) * p_.w),
               x_rows * p_.w * c_ * static_cast<int64_t>(sizeof(Lane)));
-    if (plan_.blocks == 1) {
+    if (plan_.blocks == 1 && !stream_) {
       ahead.add(static_cast<const Lane*>(p_.y) + next * p_.out_w * p_.c,
                 int64_t{rows_of_strip(next)} * p_.out_w * p_.c * static_cast<int64_t>(sizeof(Lane)));
     }
@@ -189,9 +194,11 @@ class ExpandDepthwise {
         const int v = c / kLanes;
         const Vec* at[Traits::kKernel];
         for (int i = 0; i < Traits::kKernel; ++i) at[i] = rows[i] + int64_t{column} * Traits::kStride * kVecs + v;
-        output_row<Traits, kVecs, decltype(partial)::value>(s.moments[v], s.weight[v], at, columns, to + c, p_.c, valid,
-                                                            s.run == 0, s.run + s.flushed == 0, /*stream=*/false);
+        output_row<Traits, kVecs, decltype(partial)::value>(
+            s.moments[v], s.weight[v], at, columns, (stream_ ? reinterpret_cast<Lane*>(gathered_) : to) + c,
+            stream_ ? kPanel : p_.c, valid, s.run == 0, s.run + s.flushed == 0, /*stream=*/false);
       });
+      if (stream_) stream_rows(to, p_.c, gathered_, kPanel, columns, kPanel);
       s.run += columns;
     }
   }
@@ -207,9 +214,12 @@ class ExpandDepthwise {
   Scratch<Vec> ring_;       // and a row of zeros
   Scratch<Panel> states_;
   const int product_rows_;  // input rows in one product
+  const bool stream_;       // y, a panel of a row at a time
+  const int64_t gathered_floats_;
   Arena arena_;
   ShiftedRows<Storage> source_;
   float* result_;
+  float* gathered_;
 };
 
 void expand_pack_panel(const ExpandLayer& expand, int e, Dtype dtype, int64_t panel, float* packed) {

@@ -24,10 +24,10 @@ struct PanelColumn {
   const float* product;  // gz, rows kPanel apart
   float* activated;      // z of all the tile's rows, as the right operand of dW
   int first;             // this part's first row there
-  const typename Storage::Lane* x;         // rows `pitch` apart, as gx and residual
+  const typename Storage::Lane* x;         // rows `pitch` apart, as residual
   const typename Storage::Lane* residual;  // or nullptr
-  typename Storage::Lane* gx;              // or nullptr
-  int64_t pitch;
+  typename Storage::Lane* gx;              // or nullptr; rows `gx_pitch` apart
+  int64_t pitch, gx_pitch;
   int valid;
   bool stream;  // gx
   const float *scale, *shift, *mean;  // of x's batch norm
@@ -44,7 +44,7 @@ void masked_column(const PanelColumn<Storage>& p, int rows, Vec* sums) {
     const Vec u = scale * x + shift;
     store_deep<Storage, false>(p.activated, p.first + row, Act::fwd(u));
     Vec g = load_vec(p.product + row * kPanel) * Act::bwd(u);
-    if constexpr (kStore) g = stream_map<Storage, kPartial>(p.gx + row * p.pitch, g, p.valid, p.stream);
+    if constexpr (kStore) g = stream_map<Storage, kPartial>(p.gx + row * p.gx_pitch, g, p.valid, p.stream);
     sum = sum + g;
     sum_y = sum_y + g * (x - mean);
   }
@@ -63,7 +63,7 @@ void gated_column(const PanelColumn<Storage>& p, int rows, Vec* sums) {
     const Vec u = scale * x + shift, z = Act::fwd(u);
     store_deep<Storage, false>(p.activated, p.first + row, Vec(z * gate));
     Vec dz = load_vec(p.product + row * kPanel);
-    if (p.gx != nullptr) dz = stream_map<Storage, kPartial>(p.gx + row * p.pitch, dz, p.valid, p.stream);
+    if (p.gx != nullptr) dz = stream_map<Storage, kPartial>(p.gx + row * p.gx_pitch, dz, p.valid, p.stream);
     const Vec g = dz * Act::bwd(u);
     sum_z = sum_z + dz * z;
     sum = sum + g;
@@ -85,7 +85,7 @@ void plain_column(const PanelColumn<Storage>& p, int rows) {
     if (p.gx == nullptr) continue;
     Vec g = load_vec(p.product + row * kPanel);
     if (p.residual != nullptr) g = g + load_map<Storage, kPartial>(p.residual + at, p.valid);
-    stream_map<Storage, kPartial>(p.gx + at, g, p.valid, p.stream);
+    stream_map<Storage, kPartial>(p.gx + row * p.gx_pitch, g, p.valid, p.stream);
   }
 }
 
@@ -113,7 +113,7 @@ void column_rows(const PointwiseBackwardParams& p, PanelColumn<Storage> column, 
     piece.product += first * kPanel;
     piece.first = first;
     piece.x += first * column.pitch;
-    if (column.gx != nullptr) piece.gx += first * column.pitch;
+    if (column.gx != nullptr) piece.gx += first * column.gx_pitch;
     piece.gate += image * p.c;
     if (p.bn == nullptr) {
       plain_column<Storage, kPartial>(piece, count);
@@ -143,6 +143,7 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
   const float *scale = table(0), *shift = table(1), *mean = table(2);
 
   const bool stream = p.gx != nullptr && streams<Storage>(p.gx, p.positions(), p.c);
+  const bool gather = kGathers && stream;  // gx in place of the product
   const bool needs_product = p.gx != nullptr || p.sums != nullptr;
   const int64_t first_image = p.gate == nullptr ? 0 : unit.row_begin / p.image_positions;
   double* sums = nullptr;
@@ -203,9 +204,13 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
           piece.x = static_cast<const Lane*>(p.x) + at;
           piece.residual = p.residual == nullptr ? nullptr : static_cast<const Lane*>(p.residual) + at;
           piece.gx = p.gx == nullptr ? nullptr : static_cast<Lane*>(p.gx) + at;
-          piece.pitch = p.c;
+          piece.pitch = piece.gx_pitch = p.c;
           piece.valid = valid;
-          piece.stream = stream;
+          piece.stream = stream && !gather;
+          if (gather) {
+            piece.gx = reinterpret_cast<Lane*>(product + c);
+            piece.gx_pitch = kPanel;
+          }
           if (p.bn != nullptr) {
             piece.scale = scale + column + c;
             piece.shift = shift + column + c;
@@ -216,6 +221,7 @@ void run_pointwise_backward(const PointwiseBackwardParams& p, const PointwisePla
               p, piece, row, rows, first_image, padded, sums == nullptr ? nullptr : sums + column + c);
         });
       });
+      if (gather) stream_rows(static_cast<Lane*>(p.gx) + row * p.c + column, p.c, product, kPanel, rows, used);
       if (partial_dw != nullptr) {
         multiply_along_rows(deep, stride, plan.tile_rows, activated, rows, p.e, used,
                             partial_dw + int64_t{column} * plan.packed_depth, row > unit.row_begin, ahead);

@@ -208,13 +208,13 @@ MNET_HD Vec store_map(typename Storage::Lane* to, Vec v, int valid) {
 }
 
 // Whether a map is written past the caches: so large that its reader comes too late to find it there, when a line that need
-// not be read before it is written saves half of the traffic.  By whole cache lines only: a vector must be one.
+// not be read before it is written saves half of the traffic.  Float32 only, and by whole cache lines.
 template <typename Storage>
 MNET_HD bool streams(const void* map, int64_t positions, int64_t channels) {
-#if defined(MNET_CPU_F16C) && MNET_CPU_LANES == 16
+#if defined(MNET_CPU_F16C)
   constexpr int64_t kSmallest = int64_t{8} << 20, kLine = 64;
   const int64_t row = channels * static_cast<int64_t>(sizeof(typename Storage::Lane));
-  return sizeof(typename Storage::Raw) == kLine && positions * row >= kSmallest && row % kLine == 0 &&
+  return sizeof(typename Storage::Lane) == sizeof(float) && positions * row >= kSmallest && row % kLine == 0 &&
          reinterpret_cast<uintptr_t>(map) % kLine == 0;
 #else
   (void)map, (void)positions, (void)channels;
@@ -222,20 +222,47 @@ MNET_HD bool streams(const void* map, int64_t positions, int64_t channels) {
 #endif
 }
 
-// store_map, past the caches where `stream` says so.
+// A vector past the caches.
+MNET_HD void stream_vec(float* to, Vec v) {
+#if defined(MNET_CPU_F16C) && MNET_CPU_LANES == 16
+  _mm512_stream_ps(to, (__m512)v);
+#elif defined(MNET_CPU_F16C)
+  _mm256_stream_ps(to, (__m256)v);
+#else
+  copy_lanes<false, float>(to, &v, kLanes);
+#endif
+}
+
+// store_map, past the caches where `stream` says so.  The processor gathers a few lines at a time: where a vector is half
+// of one, the other half must follow within a few stores, or kGathers.
 template <typename Storage, bool kPartial>
 MNET_HD Vec stream_map(typename Storage::Lane* to, Vec v, int valid, bool stream) {
-#if defined(MNET_CPU_F16C) && MNET_CPU_LANES == 16
-  if constexpr (!kPartial && sizeof(typename Storage::Raw) == 64) {
+  if constexpr (!kPartial && sizeof(typename Storage::Lane) == sizeof(float)) {
     if (stream) {
-      const Vec stored = Storage::pack(v);
-      _mm512_stream_ps(to, (__m512)stored);
-      return stored;
+      stream_vec(to, v);
+      return v;
     }
   }
-#endif
   (void)stream;
   return store_map<Storage, kPartial>(to, v, valid);
+}
+
+// Whether a kernel that goes down a column, vector by vector, gathers what it streams as rows in the first-level cache.
+#if defined(MNET_CPU_F16C)
+constexpr bool kGathers = kLanes < 16;
+#else
+constexpr bool kGathers = false;
+#endif
+
+// Rows of whole cache lines from there past the caches.
+MNET_HD void stream_rows(void* to, int64_t pitch, const float* from, int64_t from_pitch, int rows, int columns) {
+  for (int row = 0; row < rows; ++row) {
+    for (int i = 0; i < columns; i += kLanes) {
+      Vec v;
+      copy_lanes<false, float>(&v, from + row * from_pitch + i, kLanes);
+      stream_vec(static_cast<float*>(to) + row * pitch + i, v);
+    }
+  }
 }
 
 // Ends a unit that has streamed: what it wrote comes before whatever the thread does next.
