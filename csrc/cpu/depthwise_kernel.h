@@ -4,7 +4,8 @@
 // kKernel activated input rows, kInColumns wide, float32, stays in the first-level cache (k 3, stride 1, 16 lanes:
 // 6.5 KiB): every input is read, converted and activated once per tile, and each output row costs `stride` new input
 // rows.  Zero padding is written into the ring, so the convolution itself has no borders.  The vectors of a channel
-// block take turns row by row, which uses each cache line of x and y while it is near.  A large y is streamed (simd.h).
+// block take turns row by row, which uses each cache line of x and y while it is near.  A large y is streamed (simd.h),
+// where a vector is half a line after a tile's row of all the unit's channels is complete (at most 128 bytes a channel).
 #pragma once
 
 #include <cstdint>

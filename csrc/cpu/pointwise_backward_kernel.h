@@ -4,7 +4,7 @@
 // and kept in float32 in the second-level cache.  Then panel by panel of x's channels: gz = dy W into a panel in the
 // first-level cache; one loop over it and x that masks, stores gx, adds up its sums and leaves the activated z in
 // another panel; and dW += dy^T z from the two while they are near.  x, grad and y are read once, gx is written once (and
-// streamed where it is large, simd.h).
+// streamed where it is large, simd.h: where a vector is half a line, from the panel, in place of gz).
 // Every chunk has its own part of dW, in panels [panel][e][kPanel]: a tile adds a run of 42 positions to it.
 #pragma once
 

@@ -247,7 +247,7 @@ MNET_HD Vec stream_map(typename Storage::Lane* to, Vec v, int valid, bool stream
   return store_map<Storage, kPartial>(to, v, valid);
 }
 
-// Whether a kernel that goes down a column, vector by vector, gathers what it streams as rows in the first-level cache.
+// Whether a kernel that goes down a column, vector by vector, gathers what it streams as rows in a cache.
 #if defined(MNET_CPU_F16C)
 constexpr bool kGathers = kLanes < 16;
 #else
