@@ -50,6 +50,7 @@ static py::dict map_pool() {
   const mnet::cpu::PoolUse use = mnet::cpu::pool_use();
   py::dict info;
   info["in_use"] = use.in_use;
+  info["peak"] = use.peak;
   info["kept"] = use.kept;
   info["reserved"] = use.reserved;
   return info;
@@ -61,8 +62,9 @@ PYBIND11_MODULE(_C, m) {
         "What this extension was built with: torch, compiler, cuda (None without), arch_list (e.g. [800, 900]), openmp; "
         "and cpu_capability, the instruction set chosen on this machine.");
   m.def("map_pool", &map_pool,
-        "Bytes of the maps that the CPU kernels wrote and that live (in_use), of memory kept for the next ones (kept), and "
-        "of address space (reserved; 0 where there is no pool).");
+        "Bytes of the maps that the CPU kernels wrote and that live (in_use), the most of them since the start or a reset "
+        "(peak), of memory kept for the next ones (kept), and of address space (reserved; 0 where there is no pool).");
+  m.def("reset_map_pool_peak", &mnet::cpu::pool_reset_peak, "The peak starts anew at what is in use.");
   m.def("trim_map_pool", &mnet::cpu::pool_trim, "Returns what is kept to the system; returns how many bytes that was.");
   m.def("tiles", &mnet::tiles, "The rows of the CUDA kernels' tile table, overrides first; the first that fits is taken.");
   m.def("override_tiles", &mnet::override_tiles,

@@ -22,7 +22,7 @@ from .backends import BackendUnavailableError  # noqa: E402
 from .choice import backend, default_fused  # noqa: E402
 from .fold import fold  # noqa: E402
 from .info import build_info  # noqa: E402
-from .memory import cpu_memory, empty_cache  # noqa: E402
+from .memory import cpu_memory, empty_cache, reset_peak_cpu_memory  # noqa: E402
 from .models import (  # noqa: E402
     FusedMobileNetV1,
     FusedMobileNetV2,
@@ -59,5 +59,6 @@ __all__ = [
     "fused_mobilenet_v3_small",
     "models",
     "nn",
+    "reset_peak_cpu_memory",
     "restore",
 ]

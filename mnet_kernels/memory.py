@@ -12,11 +12,19 @@ from .backends import compiled
 def cpu_memory():
     """Bytes of the CPU kernels' pool: ``in_use`` by maps that live, ``kept`` for the next ones.
 
-    Zeros where there is no pool.
+    ``peak`` is the most that was in use since the start or since :func:`reset_peak_cpu_memory`.  Zeros where there is no
+    pool.  torch's memory profiler is told of these maps as of torch's own memory.
     """
     extension = compiled.extension()
     use = extension.map_pool() if extension else {}
-    return {name: use.get(name, 0) for name in ("in_use", "kept")}
+    return {name: use.get(name, 0) for name in ("in_use", "peak", "kept")}
+
+
+def reset_peak_cpu_memory():
+    """``cpu_memory()["peak"]`` starts anew at what is in use, as ``torch.cuda.reset_peak_memory_stats()`` has it."""
+    extension = compiled.extension()
+    if extension:
+        extension.reset_map_pool_peak()
 
 
 def empty_cache():

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import os
 import subprocess
 import sys
@@ -48,6 +49,59 @@ def test_maps_come_from_the_pool_and_go_back():
     assert in_use() == before
     kept = mnet_kernels.cpu_memory()["kept"]
     assert kept >= BYTES and mnet_kernels.empty_cache() == kept
+
+
+def test_the_peak():
+    before = in_use()
+    mnet_kernels.reset_peak_cpu_memory()
+    assert mnet_kernels.cpu_memory()["peak"] == before
+    held = [a_map(), a_map()]
+    both = in_use()
+    del held[0]
+    assert mnet_kernels.cpu_memory()["peak"] == both > in_use() > before
+    mnet_kernels.reset_peak_cpu_memory()
+    assert mnet_kernels.cpu_memory()["peak"] == in_use()
+
+
+def profiled(call, path):
+    """[(bytes, total allocated)] of what torch's memory profiler was told during a call, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    found.export_chrome_trace(str(path))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    return [(e["args"]["Bytes"], e["args"]["Total Allocated"]) for e in sorted(events, key=lambda e: e["ts"])]
+
+
+def test_torchs_profiler_is_told(tmp_path):
+    """Each map's bytes when it comes and when it goes, in the same books as torch's own tensors."""
+    own = 3 << 20
+
+    def call():
+        held = [torch.empty(own, dtype=torch.uint8), a_map()]
+        del held[0]
+        held.append(a_map())
+
+    told = profiled(call, tmp_path / "trace.json")
+    sizes = [size for size, _ in told]
+    assert sizes.count(BYTES) >= 4 and sizes.count(own) == sizes.count(-own) == 1  # two inputs, and the two maps
+    assert sum(sizes) == 0
+    for (_, before), (size, total) in zip(told, told[1:], strict=False):
+        assert total == before + size
+
+
+def test_torchs_profiler_and_maps_of_before(tmp_path):
+    """As of torch's own tensors, it is told neither that one of before it goes, nor what goes on an unwatched thread."""
+    before, held = in_use(), [a_map()]
+    assert profiled(held.clear, tmp_path / "trace.json") == [] and in_use() == before
+
+    def call():
+        held.append(a_map())
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
+
+    sizes = [size for size, _ in profiled(call, tmp_path / "trace.json")]
+    assert sizes.count(BYTES) - sizes.count(-BYTES) == 1 and in_use() == before
 
 
 def test_what_torch_does_with_a_map():
@@ -116,7 +170,8 @@ weight = torch.zeros(24, 1, 3, 3)
 weight[:, :, 1, 1] = 1
 y, _ = torch.ops.mnet_cpu.depthwise(x, weight, None, 0, 1, False)
 assert torch.equal(x, y)
-assert mnet_kernels.cpu_memory() == {"in_use": 0, "kept": 0}, mnet_kernels.cpu_memory()
+mnet_kernels.reset_peak_cpu_memory()
+assert mnet_kernels.cpu_memory() == {"in_use": 0, "peak": 0, "kept": 0}, mnet_kernels.cpu_memory()
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | without, capture_output=True, text=True, check=False

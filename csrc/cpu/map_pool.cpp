@@ -29,6 +29,7 @@ struct Pool {
   char* base = nullptr;
   size_t reserved = 0;
   size_t in_use = 0;
+  size_t peak = 0;
   size_t touched = 0;             // no page lies at or behind this offset
   std::map<size_t, size_t> free;  // offset -> bytes; neighbours are merged
   std::map<size_t, size_t> taken;
@@ -96,6 +97,7 @@ void* pool_allocate(size_t bytes) {
   if (room > size) a.free.emplace(offset + size, room - size);
   a.taken.emplace(offset, size);
   a.in_use += size;
+  a.peak = std::max(a.peak, MNET_PLANT(5, a.in_use, size));
   a.touched = std::max(a.touched, offset + size);
   return a.base + offset;
 }
@@ -139,7 +141,13 @@ size_t pool_trim() {
 PoolUse pool_use() {
   Pool& a = pool();
   const std::lock_guard<std::mutex> lock(a.mutex);
-  return {a.in_use, a.touched - a.in_use, a.reserved};
+  return {a.in_use, a.peak, a.touched - a.in_use, a.reserved};
+}
+
+void pool_reset_peak() {
+  Pool& a = pool();
+  const std::lock_guard<std::mutex> lock(a.mutex);
+  a.peak = MNET_PLANT(6, a.in_use, 0);
 }
 
 }  // namespace mnet::cpu

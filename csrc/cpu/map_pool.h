@@ -12,6 +12,7 @@ namespace mnet::cpu {
 
 struct PoolUse {
   size_t in_use;    // bytes of the ranges handed out
+  size_t peak;      // the most that in_use was since the start or pool_reset_peak
   size_t kept;      // bytes of free ranges whose pages may still be held, at most
   size_t reserved;  // bytes of address space; 0 where there is no pool
 };
@@ -30,5 +31,8 @@ void pool_free(void* data);
 size_t pool_trim();
 
 PoolUse pool_use();
+
+// From now on the peak is that of what follows: it starts at what is in use.
+void pool_reset_peak();
 
 }  // namespace mnet::cpu

@@ -1,4 +1,4 @@
-// The pool: ranges never overlap, neighbours merge, the lowest fit is taken, pages go back; threads, and a child of fork.
+// The pool: ranges never overlap, neighbours merge, the lowest fit is taken, pages go back; the peak; threads, and a child of fork.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -67,13 +67,15 @@ int main() {
     std::printf("no pool on this system\n");
     return pool_allocate(1) != nullptr;
   }
-  expect("empty at first", start.in_use == 0 && start.kept == 0);
+  expect("empty at first", start.in_use == 0 && start.peak == 0 && start.kept == 0);
   if (!churn(1, 20000)) {
     std::printf("a range overlaps another\n");
     return 1;  // what follows would touch memory it does not have
   }
-  expect("all came back", pool_use().in_use == 0);
+  expect("all came back", pool_use().in_use == 0 && pool_use().peak > 0);
   pool_trim();
+  pool_reset_peak();
+  expect("a peak anew", pool_use().peak == 0);
   expect("no room for more than all", pool_allocate(start.reserved + 1) == nullptr && pool_allocate(0) == nullptr);
 
   constexpr size_t kMega = size_t{1} << 20;
@@ -84,8 +86,12 @@ int main() {
   std::memset(b, 1, 2 * kMega);
   pool_free(b);
   expect("kept", pool_use().kept == 2 * kMega && pool_use().in_use == 2 * kMega);
+  expect("the peak stays", pool_use().peak == 4 * kMega);
+  pool_reset_peak();
+  expect("the peak begins with what is in use", pool_use().peak == 2 * kMega);
   expect("its pages too", b[2 * kMega - 1] == 1);
   expect("the lowest that fits", pool_allocate(3 * kMega) == c + kMega && pool_allocate(kMega + 1) == b);
+  expect("the peak of both", pool_use().peak == 6 * kMega + (size_t{1} << 16));
   pool_free(b);
   pool_free(c + kMega);
   expect("trimmed", pool_trim() == 5 * kMega && pool_use().kept == 2 * kMega && b[2 * kMega - 1] == 0);
