@@ -12,8 +12,8 @@ from .backends import compiled
 def cpu_memory():
     """Bytes of the CPU kernels' pool: ``in_use`` by maps that live, ``kept`` for the next ones.
 
-    ``peak`` is the most that was in use since the start or since :func:`reset_peak_cpu_memory`.  Zeros where there is no
-    pool.  torch's memory profiler is told of these maps as of torch's own memory.
+    ``peak`` is the most that was in use since the start or since :func:`reset_peak_cpu_memory`.  Zeros where there is
+    no pool.  torch's memory profiler is told of these maps as of torch's own memory.
     """
     extension = compiled.extension()
     use = extension.map_pool() if extension else {}

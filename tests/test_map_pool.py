@@ -27,9 +27,10 @@ def settled():
     gc.collect()
 
 
-def a_map():
-    """A new map that a CPU stage wrote."""
-    x = torch.randn(SHAPE).contiguous(memory_format=torch.channels_last)
+def a_map(x=None):
+    """A new map that a CPU stage wrote, as large as what it read."""
+    if x is None:
+        x = torch.randn(SHAPE).contiguous(memory_format=torch.channels_last)
     y, _ = torch.ops.mnet_cpu.depthwise(x, torch.randn(24, 1, 3, 3), None, 0, 1, False)
     return y
 
@@ -74,23 +75,23 @@ def profiled(call, path):
 
 def test_torchs_profiler_is_told(tmp_path):
     """Each map's bytes when it comes and when it goes, in the same books as torch's own tensors."""
-    own = 3 << 20
+    own, x = 3 << 20, torch.randn(SHAPE).contiguous(memory_format=torch.channels_last)
 
     def call():
-        held = [torch.empty(own, dtype=torch.uint8), a_map()]
+        held = [torch.empty(own, dtype=torch.uint8), a_map(x)]
         del held[0]
-        held.append(a_map())
+        held.append(a_map(x))
 
     told = profiled(call, tmp_path / "trace.json")
     sizes = [size for size, _ in told]
-    assert sizes.count(BYTES) >= 4 and sizes.count(own) == sizes.count(-own) == 1  # two inputs, and the two maps
+    assert sizes.count(BYTES) == sizes.count(-BYTES) == 2 and sizes.count(own) == sizes.count(-own) == 1
     assert sum(sizes) == 0
     for (_, before), (size, total) in zip(told, told[1:], strict=False):
         assert total == before + size
 
 
 def test_torchs_profiler_and_maps_of_before(tmp_path):
-    """As of torch's own tensors, it is told neither that one of before it goes, nor what goes on an unwatched thread."""
+    """As of torch's own tensors, it is not told that one of before it goes, nor what goes on an unwatched thread."""
     before, held = in_use(), [a_map()]
     assert profiled(held.clear, tmp_path / "trace.json") == [] and in_use() == before
 
