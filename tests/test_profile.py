@@ -1,6 +1,11 @@
 """python -m mnet_kernels.profile: what it profiles, and what it collects."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +243,36 @@ def test_peak_memory_agrees_with_what_is_saved():
     found = steps.record(step, CPU)
     assert memory.saved_bytes(lambda: x.exp() * 2) == x.nbytes
     assert x.nbytes <= found.peak_bytes <= 4 * x.nbytes
+
+
+@pytest.fixture
+def one_thread():
+    """Two that wait for each other take minutes where other work has the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not backends.whole("cpu", "chain"), reason="the CPU kernels were not built")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_peak_memory_is_what_a_process_needs(tmp_path, one_thread):
+    """The figure that is shown, and the peak of resident memory of a fresh process above what it holds between steps.
+
+    malloc gives freed tensors back at once there: holes in its heap are not the step's.
+    """
+    path, root = tmp_path / "rows.json", Path(__file__).resolve().parents[1]
+    command = [sys.executable, root / "bench" / "peak_memory.py", "--res", "128", "--batch", "8", "--amp", "off"]
+    env = os.environ | {"PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "131072"}
+    subprocess.run([*command, "--json", path], env=env, check=True, timeout=300)
+    needed = {row["provider"]: row["step_bytes"] for row in json.loads(path.read_text())["rows"]}
+    (model,) = (p for p in subject.find("v2", resolution=128) if p.subject.level == "model")
+    found = collect.collect("V2", [model], options(batch=8, fused="cpu/auto"), MACHINE)
+    (entry,) = found.entries
+    for side in entry.sides:
+        assert side.peak_bytes == pytest.approx(needed[side.provider], rel=0.15), side.provider
+        assert max(size for _, size in side.memory) == side.peak_bytes
 
 
 def test_the_thread_clock_needs_one_thread(monkeypatch):

@@ -37,8 +37,8 @@ def saved_bytes(forward, parameters=()):
 def peak_bytes(step, device):
     """Peak bytes allocated on a card during one step, what was there before left out; None on the CPU.
 
-    On the CPU only the peak of a whole process can be told: run one provider in a fresh process and see
-    ``mnet_kernels.training.metrics.peak_memory``.
+    On the CPU torch keeps no peak: ``mnet_kernels.profile.steps`` has that of what was allocated, by torch's profiler,
+    and ``bench/peak_memory.py`` what a fresh process needs.
     """
     if device.type != "cuda":
         return None

@@ -29,7 +29,7 @@ class Side:
     flops: int
     floor_ms: float
     saved_bytes: int | None  # for backward; None in eval mode
-    peak_bytes: int  # above what there was before the step
+    peak_bytes: int  # the most allocated above what there was before the step
     ops: int | None  # kernels on a card, dispatched ops on the CPU; None where generated code hides them
     parts: dict  # part -> milliseconds of the median; together the median
     memory: list  # [milliseconds of the step, bytes alive above the start]

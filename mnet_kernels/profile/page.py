@@ -109,8 +109,8 @@ def _roofline(profile):
 
 def _memory(entry):
     caption = (
-        f"{text.name(entry)}: what torch has allocated above the start of the step. The time is that of "
-        "the least disturbed steps, stretched to the median."
+        f"{text.name(entry)}: what torch and the kernels have allocated above the start of the step. The "
+        "time is that of the least disturbed steps, stretched to the median."
     )
     legend = _legend([(side, one.provider) for side in ("unfused", "fused") if (one := getattr(entry, side))])
     return _figure("Memory over the step", caption, legend, _both(charts.memory, entry))
@@ -188,8 +188,9 @@ def _method(profile):
         "outputs once; 2 FLOPs a multiply-add of the convolutions, the same for both sides.",
         "Of floor: the time that copying those bytes and multiplying those matrices takes at the measured rates, "
         "kernel by kernel, as a share of the time taken.",
-        "Saved MB: distinct storages kept for backward. Peak MB: above the start of the step. Ops: kernels launched on "
-        "a card, ops dispatched on the CPU.",
+        "Saved MB: distinct storages kept for backward. Peak MB: the most that was allocated above the start of the "
+        "step; on the CPU a process holds more than that by the holes in malloc's heap. Ops: kernels launched on a "
+        "card, ops dispatched on the CPU.",
         "Blocks run alone, at the shapes that they have in the model.",
         "Environment: " + (", ".join(f"{name}={value}" for name, value in environ.items()) or "nothing set") + ".",
     ]
