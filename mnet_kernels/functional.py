@@ -16,10 +16,11 @@ from functools import partial
 
 import torch
 
-from . import checks, schema
+from . import checks, context, schema
 from .autograd import Block, FusedBlock, Layer, autocast_off, autocast_on
 from .backends import native
 from .choice import choose, fuses_stem
+from .log import say_once
 from .params import BatchNormParams, ConvBNAct, InvertedResidualParams, SqueezeExciteParams
 from .stages import note, stage
 
@@ -301,17 +302,17 @@ def _run_block(op, x, layers, residual, se, backend, mode, nodes=None, pooled=Fa
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
+    why = context.why_native(x) or _why_native_parameters(layers, se)
+    if why is not None:  # whatever backend was asked for: none could do it
+        say_once(f"running native torch ops on {x.device.type}: {why}")
+        return _run_native(op, x, layers, residual, se, pooled), None
     # Three layers: the first one expands.  Algebraic mode has no moments of it that processes could share.
     expands = len(layers) == 3 and layers[0].kind == "pointwise" and layers[0].bn.group is None
     expanded = (x.shape[2] * x.shape[3], x.shape[1], _trains(x, layers, se)) if expands else ()
     choice = choose(x.device, dtype, backend, mode, *expanded, op=op, size=x.shape[2] * x.shape[3])
     # An empty batch has no statistics: torch's own ops define what then happens.
     if choice.backend == "native" or x.numel() == 0:
-        note(f"native::{op}")
-        if layers[0].kind == "dense" and len(layers) > 1:
-            note("native::stem_conv_bn_act")
-        out = native.block(x, layers, residual, se)
-        return native.pool(out) if pooled else out, None
+        return _run_native(op, x, layers, residual, se, pooled), None
     if layers[0].kind == "dense" and not _fuses_stem(x, layers[0], choice, backend):
         note("native::stem_conv_bn_act")
         x, layers, nodes = native.block(x, layers[:1], False, None), layers[1:], nodes and nodes[1:]
@@ -325,13 +326,33 @@ def _run_block(op, x, layers, residual, se, backend, mode, nodes=None, pooled=Fa
         if layers[0].kind != "dense":  # the stem reads an image as it lies
             x = x.contiguous(memory_format=torch.channels_last)
         source = None  # x's bn table and activation while x is raw
+        shared = [] if nodes and len(nodes) > 1 and not torch.compiler.is_compiling() else None
         for count in nodes or (len(layers),):
             node, layers = layers[:count], layers[count:]
             raw = len(layers) > 0
             last = (False, None, False, False) if raw else (residual, se, pooled, gives_gram)
-            x, more = _run_node(x, node, choice, source, raw, gram, *last)
+            x, more = _run_node(x, node, choice, source, shared, raw, gram, *last)
             source = (more, schema.ACTIVATIONS.index(node[-1].activation)) if raw else None
         return x, more
+
+
+def _run_native(op, x, layers, residual, se, pooled):
+    note(f"native::{op}")
+    if layers[0].kind == "dense" and len(layers) > 1:
+        note("native::stem_conv_bn_act")
+    out = native.block(x, layers, residual, se)
+    return native.pool(out) if pooled else out
+
+
+def _why_native_parameters(layers, se):
+    """:func:`context.why_native` of the parameters, by their types; None if they are plain tensors."""
+    plain = context.PLAIN
+    for layer in layers:
+        if type(layer.weight) not in plain or type(layer.bn.weight) not in plain:
+            return context.why_native_type(layer.weight) or context.why_native_type(layer.bn.weight)
+    if se is not None:
+        return context.why_native_type(se.reduce_weight) or context.why_native_type(se.expand_weight)
+    return None
 
 
 def _takes_gram(follower, x, dtype, layers, se, backend, mode):
@@ -366,7 +387,7 @@ def _trains(x, layers, se):
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _run_node(x, layers, choice, source, raw, gram, residual, se, pooled, gives_gram):
+def _run_node(x, layers, choice, source, shared, raw, gram, residual, se, pooled, gives_gram):
     """One autograd node; returns its output and, if that is raw, its bn table, or its gram if ``gives_gram``."""
     rows = tuple(
         Layer(c.kind, c.stride, schema.ACTIVATIONS.index(c.activation), c.bn.eps, c.bn.batch_stats, c.bn.group)
@@ -374,7 +395,8 @@ def _run_node(x, layers, choice, source, raw, gram, residual, se, pooled, gives_
     )
     excite, source_act = se and (se.activation, se.gate), source and source[1]
     takes_gram = gram is not None
-    block = Block(choice.backend, choice.mode, rows, residual, excite, source_act, raw, pooled, takes_gram, gives_gram)
+    flags = raw, pooled, takes_gram, gives_gram
+    block = Block(choice.backend, choice.mode, rows, residual, excite, source_act, *flags, shared)
     tensors = []
     for layer in layers:
         bn = layer.bn

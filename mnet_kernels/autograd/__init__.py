@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..stages import stage
-from . import algebraic, chain
+from . import algebraic, chain, native_backward
 from .batch_norm import PER_LAYER
 
 __all__ = ["Block", "FusedBlock", "Layer", "autocast_off", "autocast_on"]
@@ -36,6 +36,7 @@ class Block(NamedTuple):
     Chain mode can pass a raw map from block to block, so that each stays an autograd node of its own whose saved maps
     are freed as soon as its backward is done.  Between two such blocks the gradients are no derivatives but what the
     backward stages hand on: of the map, the masked gradient at its batch norm; of its table, the sums (two rows).
+    Where the backward is differentiated itself they are derivatives (native_backward.py).
     """
 
     backend: str
@@ -48,26 +49,8 @@ class Block(NamedTuple):
     pooled: bool = False  # the output is the mean over H and W, [N, C]; the last layer is pointwise
     takes_gram: bool = False  # algebraic mode: the gram of x is the last tensor
     gives_gram: bool = False  # the output is followed by its gram
-
-
-class _NoDoubleBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *grads):
-        return tuple(g.detach() for g in grads)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "mnet_kernels: the fused blocks have no second derivative. For double backward (create_graph=True) run the "
-            "model on native torch ops: MNET_BACKEND=native or `with mnet_kernels.backend('native')`."
-        )
-
-
-def _refuse_second_derivative(grads):
-    there = [g for g in grads if g is not None]
-    # requires_grad whatever the upstream gradient says: a silent zero second derivative would be a wrong answer
-    marked = iter(_NoDoubleBackward.apply(*(g.detach().requires_grad_() for g in there)))
-    return tuple(None if g is None else next(marked) for g in grads)
+    # shared by the nodes between which raw maps pass: not empty once a graph was asked of a backward of them
+    differentiated: list | None = None
 
 
 def autocast_on(device_type):
@@ -105,6 +88,11 @@ class FusedBlock(torch.autograd.Function):
         ctx.block = block
         ctx.saved_count = len(saved)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        if not torch.compiler.is_dynamo_compiling():
+            # For native_backward.py.  Not by save_for_backward, which would refuse a plain backward after a change in
+            # place of what that does not read (torch refuses none of a bias, or of a weight that autocast has rounded).
+            ctx.parameters = tensors[: len(layers) * PER_LAYER]
+            ctx.versions = native_backward.versions(layers)
         ctx.save_for_backward(x, *saved, *weights, *extra)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats, *(out[1:] if block.gives_gram else ()))
@@ -119,17 +107,21 @@ class FusedBlock(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         saved, rest = rest[: ctx.saved_count], rest[ctx.saved_count :]
         weights, extra = rest[:count], rest[count:]
+        needs = ctx.needs_input_grad[2:]
+        if native_backward.wanted(block, grad):
+            with autocast_off(x.device.type):
+                grads = native_backward.gradients(
+                    block, (grad, others[0]) if block.raw else (grad,), x, ctx.parameters, ctx.versions, extra,
+                    _MODES[block.mode].tables(block, saved), needs,
+                )  # fmt: skip
+            return (None, None, *grads)
         if not block.pooled:
             grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         if block.raw:
             grad = grad, others[0]
-        needs = ctx.needs_input_grad[2:]
         with autocast_off(x.device.type):
             dx, grads = _MODES[block.mode].backward(
                 stage(block.backend), block, grad, x, saved, weights, extra, needs[0], needs[1:]
             )
         grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
-        result = (None, None, dx, *grads)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _refuse_second_derivative(result)
-        return result
+        return (None, None, dx, *grads)

@@ -37,6 +37,11 @@ def forward(stage, block, x, layers, weights, extra):
     return out, [gram, shift, y2, y3, bn1, bn2, bn3, *gates], stats
 
 
+def tables(block, saved):
+    """bn [5, E or O] of every layer, among what :func:`forward` saved; the expand layer's is of W (x - shift)."""
+    return saved[4:7]
+
+
 def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
     """Returns (dx or None, gradients in the order of the tensors given to ``FusedBlock.apply``)."""
     expand, depthwise, project = block.layers

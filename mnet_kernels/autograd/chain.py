@@ -54,6 +54,12 @@ def forward(stage, block, x, layers, weights, extra):
     return out, [*maps, *bns, *gates], stats
 
 
+def tables(block, saved):
+    """bn [5, C] of every layer, among what :func:`forward` saved."""
+    count = len(block.layers)
+    return saved[count : 2 * count]
+
+
 def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
     """Returns (dx or None, gradients in the order of the tensors given to ``FusedBlock.apply``).
 

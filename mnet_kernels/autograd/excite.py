@@ -10,7 +10,8 @@ import torch.nn.functional as F
 TENSORS = 4  # weight and bias of both convolutions
 
 
-def _linear(q, weight, bias):
+def linear(q, weight, bias):
+    """A 1x1 convolution of a pooled map q [N, C], in q's dtype."""
     return F.linear(q, weight.flatten(1).to(q.dtype), None if bias is None else bias.to(q.dtype))
 
 
@@ -37,8 +38,8 @@ def gate(names, q, excite):
     ``names``: of the activation and the gate.
     """
     reduce_weight, reduce_bias, expand_weight, expand_bias = excite
-    inner = _linear(q, reduce_weight, reduce_bias)
-    argument = _linear(_ACTIVATIONS[names[0]][0](inner), expand_weight, expand_bias)
+    inner = linear(q, reduce_weight, reduce_bias)
+    argument = linear(_ACTIVATIONS[names[0]][0](inner), expand_weight, expand_bias)
     return _GATES[names[1]][0](argument), inner, argument
 
 

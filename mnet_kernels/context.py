@@ -1,0 +1,48 @@
+"""Who is looking at a call: when torch's own ops must run although a fused backend could.
+
+A tracer, a function transform or a tensor subclass sees the ops of a call, not what is meant by them, and knows torch's
+own only.  Both the public ops and the modules ask here, so that one rule holds for all ways in.
+"""
+
+import torch
+from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling  # False in one step, and True to Dynamo
+
+# What torch.compile, torch.export and shape propagation call the ops with is no subclass of the user's; None is for a
+# parameter that is absent.
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor, type(None)})
+
+
+def why_native(x):
+    """Why torch's own ops must run for a call with x although a fused backend exists, as a clause; None if they need
+    not.
+
+    On every call's path, and traceable by Dynamo, whose own tracing is no reason.
+
+    Args:
+        x: tensor of any shape, the input of the call (or a gradient, in a backward).
+    """
+    if type(x) not in PLAIN:
+        return why_native_type(x)
+    if _are_functorch_transforms_active():
+        return "a torch.func transform is active, and the fused ops have no rules for those"
+    if is_dynamo_compiling():
+        return None
+    if _is_tracing():
+        return "torch.jit is tracing, and a traced program holds torch's own ops only"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on, and the fused ops have no forward derivative"
+    if is_legacy_batchedtensor(x):
+        return "the input is batched by torch's vmap, and the fused ops have no batching rule"
+    return None
+
+
+def why_native_type(t):
+    """The same of a parameter's type alone; None is no tensor, and no reason."""
+    if type(t) in PLAIN:
+        return None
+    return f"a tensor is a {type(t).__name__}, and the fused ops take plain tensors"
