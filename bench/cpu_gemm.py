@@ -102,7 +102,7 @@ def variants(c, e, size, dtype, batch=16):
 
     stages = torch.ops.mnet_cpu
     x, grad, weight = map_(c), map_(e), (torch.randn(e, c, 1, 1) / c**0.5).to(dtype)
-    bn, y_bn, coef = torch.rand(5, c), torch.rand(5, e), 0.1 * torch.randn(4, e)
+    bn, y_bn, coef = torch.rand(5, c), torch.rand(5, e), 0.1 * torch.randn(2, e)
     flat = weight.flatten(1)
     y, _ = stages.pointwise(x, weight, bn, 2, None, True)
 

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -79,24 +78,6 @@ def _backward(table, grad, x, tensors, saved):
     return [dx, *(grads[i * PER_LAYER + j] for i in range(COUNT) for j in range(3))]
 
 
-def _backward_op(table):
-    """The same without views, which an op may not return: x's gradient, the weights', the layers' coef tables."""
-    kept = []
-
-    def finalize_backward(*args):
-        kept.append(table.finalize_backward(*args))
-        return kept[-1]
-
-    keeping = types.SimpleNamespace(**{**vars(table), "finalize_backward": finalize_backward})
-
-    def backward(grad, x, tensors, saved):
-        kept.clear()
-        dx, *grads = _backward(keeping, grad, x, tensors, saved)
-        return [dx, *grads[::3], *reversed(kept)]
-
-    return backward
-
-
 def _tie(forward, backward, register):
     """Autograd of a pair of ops, by ``register(derivative, setup_context)``."""
 
@@ -106,8 +87,7 @@ def _tie(forward, backward, register):
     def derivative(ctx, grads):
         x, *rest = ctx.saved_tensors
         dx, *found = backward(grads[0], x, rest[: 3 * COUNT], rest[3 * COUNT :])
-        rows = zip(found[:COUNT], found[COUNT:], strict=True)
-        return dx, [t for dw, coef in rows for t in (dw, coef[2], coef[3])]
+        return dx, found
 
     register(derivative, setup_context)
     return lambda x, tensors: forward(x, tensors)[0]
@@ -120,7 +100,7 @@ def registered(table):
     library.define("forward(Tensor x, Tensor[] tensors) -> Tensor[]")
     library.define("backward(Tensor grad, Tensor x, Tensor[] tensors, Tensor[] saved) -> Tensor[]")
     library.impl("forward", lambda x, t: _forward(table, x, t), "CompositeExplicitAutograd")
-    library.impl("backward", _backward_op(table), "CompositeExplicitAutograd")
+    library.impl("backward", lambda grad, x, t, saved: _backward(table, grad, x, t, saved), "CompositeExplicitAutograd")
     ops = getattr(torch.ops, OPS)
 
     def register(derivative, setup_context):
@@ -131,7 +111,6 @@ def registered(table):
 
 def custom(table):
     """The same pair by ``torch.library.custom_op``."""
-    backward_op = _backward_op(table)
 
     @torch.library.custom_op(f"{OPS}_custom::forward", mutates_args=())
     def forward(x: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -141,7 +120,7 @@ def custom(table):
     def backward(
         grad: torch.Tensor, x: torch.Tensor, tensors: list[torch.Tensor], saved: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        return backward_op(grad, x, tensors, saved)
+        return _backward(table, grad, x, tensors, saved)
 
     def register(derivative, setup_context):
         forward.register_autograd(derivative, setup_context=setup_context)

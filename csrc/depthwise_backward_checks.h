@@ -44,7 +44,7 @@ inline DepthwiseBackwardCall prepare_depthwise_backward(
   p.grad = grad.const_data_ptr();
   p.y = y.const_data_ptr();
   p.y_bn = check_table(kOp, "y_bn", y_bn, {5, c}, x);
-  p.coef = check_table(kOp, "coef", coef, {4, c}, x);
+  p.coef = check_table(kOp, "coef", coef, {2, c}, x);
   p.gate = check_table(kOp, "gate", gate, {n, c}, x);
   p.offset = check_table(kOp, "offset", offset, {n, c}, x);
   p.x = x.const_data_ptr();

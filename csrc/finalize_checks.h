@@ -42,8 +42,9 @@ inline FinalizeCall prepare_finalize(const at::Tensor& moments, const std::optio
   return call;
 }
 
+// gamma's and beta's gradients become their .grad: a storage each.
 struct FinalizeBackwardCall {
-  at::Tensor coef;
+  at::Tensor coef, dgamma, dbeta;
   FinalizeBackwardParams params;
 };
 
@@ -55,8 +56,12 @@ inline FinalizeBackwardCall prepare_finalize_backward(const at::Tensor& sums, co
   p.bn = check_table("finalize_backward", "bn", bn, {5, p.c}, bn);
   p.sums = check_table("finalize_backward", "sums", sums, {2, p.c}, bn);
   check_count("finalize_backward", count);
-  call.coef = at::empty({4, p.c}, bn.options());
+  call.coef = at::empty({2, p.c}, bn.options());
+  call.dgamma = at::empty({p.c}, bn.options());
+  call.dbeta = at::empty({p.c}, bn.options());
   p.coef = call.coef.mutable_data_ptr<float>();
+  p.dgamma = call.dgamma.mutable_data_ptr<float>();
+  p.dbeta = call.dbeta.mutable_data_ptr<float>();
   p.count = static_cast<double>(count);
   p.batch_stats = batch_stats;
   return call;

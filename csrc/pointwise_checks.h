@@ -95,7 +95,7 @@ inline PointwiseBackwardCall prepare_pointwise_backward(
 
   PointwiseBackwardParams& p = call.params;
   p.y_bn = check_table(op, "y_bn", y_bn, {5, e}, x);
-  p.coef = check_table(op, "coef", coef, {4, e}, x);
+  p.coef = check_table(op, "coef", coef, {2, e}, x);
   p.offset = check_table(op, "offset", offset, {n, e}, x);
   p.bn = check_table(op, "bn", bn, {5, c}, x);
   p.gate = check_table(op, "gate", gate, {n, c}, x);

@@ -90,7 +90,7 @@ inline StemBackwardCall prepare_stem_backward(const at::Tensor& grad, const at::
   check_map_like(op, "grad", grad, shape, "x", x);
   check_map_like(op, "y", y, shape, "x", x);
   p.y_bn = check_table(op, "y_bn", y_bn, {5, e}, x);
-  p.coef = check_table(op, "coef", coef, {4, e}, x);
+  p.coef = check_table(op, "coef", coef, {2, e}, x);
   call.dy = needs_dy ? empty_map(shape, x)
                      : at::empty({0}, x.options());
   const auto tables = x.options().dtype(at::kFloat);

@@ -17,7 +17,7 @@ tensor    shape          rows
 moments   [2, C]         mean, biased variance of the stored y (empty [0] when not asked for)
 bn        [5, C]         scale, shift, mean, rstd, unbiased variance; act(scale*y + shift) is the normalised value
 sums      [2, C]         sum g, sum g*(y - mean)
-coef      [4, C]         b, c of dy = scale*g + b*(y - mean) + c, then dgamma, dbeta
+coef      [2, C]         b, c of dy = scale*g + b*(y - mean) + c
 squeeze   [3, N, C]      per image: mean of z = act(u), sum act'(u), sum act'(u)*(y - mean);  u = scale*y + shift
 image     [3, N, C]      per image: sum dz*z, sum act'(u)*dz, sum act'(u)*dz*(y - mean)
 gram      [C+2, C]       covariance (C rows), mean, shift k (k = 0 but for channels with |mean| > 4 std)
@@ -57,8 +57,10 @@ SCHEMAS = (
     "squeeze(Tensor y, Tensor bn, int act) -> Tensor",
     # sums of g = grad * act'(bn(y))
     "normalize_backward(Tensor grad, Tensor y, Tensor bn, int act) -> Tensor",
-    # sums -> coef.  batch_stats False: the statistics were constants (b = c = 0).
-    "finalize_backward(Tensor sums, Tensor bn, SymInt count, bool batch_stats) -> Tensor",
+    # sums -> coef, and gamma's and beta's gradients, [C] each and of their own storage, for they become their .grad.
+    # batch_stats False: the statistics were constants (b = c = 0).
+    "finalize_backward(Tensor sums, Tensor bn, SymInt count, bool batch_stats) "
+    "-> (Tensor coef, Tensor dgamma, Tensor dbeta)",
     # gx: masked gradient at x's batch norm (or at x itself, + residual, when bn is absent), its sums, dW (accumulate
     # dtype).  What is not needed comes back empty ([0]).
     "depthwise_backward(Tensor grad, Tensor y, Tensor y_bn, Tensor coef, int y_act, Tensor? gate, Tensor? offset, "
@@ -163,7 +165,8 @@ def _normalize_backward(grad, y, bn, act):
 
 
 def _finalize_backward(sums, bn, count, batch_stats):
-    return sums.new_empty(4, bn.shape[1])
+    channels = bn.shape[1]
+    return sums.new_empty(2, channels), sums.new_empty(channels), sums.new_empty(channels)
 
 
 def _empty_map(x):

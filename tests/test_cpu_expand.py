@@ -75,9 +75,9 @@ class Args:
         self.bn, _ = reference.expand_finalize(self.gram, self.weight, self.gamma, self.beta, 1e-3, self.count)
         self.depthwise = (torch.randn(e, 1, k, k) / k).to(dtype)
         self.project = (torch.randn(o, e, 1, 1) / e**0.5).to(dtype)
-        self.y, self.y_bn, self.y_coef = maps(dtype, n, e, oh, ow), table(e), 0.1 * torch.randn(4, e)
+        self.y, self.y_bn, self.y_coef = maps(dtype, n, e, oh, ow), table(e), 0.1 * torch.randn(2, e)
         self.grad, self.y3 = (maps(dtype, n, o, oh, ow) for _ in range(2))
-        self.y3_bn, self.y3_coef = table(o), 0.1 * torch.randn(4, o)
+        self.y3_bn, self.y3_coef = table(o), 0.1 * torch.randn(2, o)
         self.gate, self.offset = (torch.rand(n, e), torch.randn(n, e)) if gated else (None, None)
         self.gramgrad = torch.randn(e, c + 1)
         if clear:

@@ -48,7 +48,7 @@ def test_depthwise(channels, k, stride):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_backward(channels, normalized, stride):
     x, y, grad = maps(channels), maps(channels, SIDE // stride), maps(channels, SIDE // stride)
-    weight, coef = torch.randn(channels, 1, 3, 3), torch.randn(4, channels)
+    weight, coef = torch.randn(channels, 1, 3, 3), torch.randn(2, channels)
     bn, residual = (table(x), None) if normalized else (None, maps(channels))
     act = 2 if normalized else 0
     upstream = (grad, y, table(y), coef, 1, None, None)
@@ -60,7 +60,7 @@ def test_depthwise_backward(channels, normalized, stride):
 def test_pointwise_backward(channels, normalized):
     e = 16
     x, y, grad = maps(channels), maps(e), maps(e)
-    weight, coef = torch.randn(e, channels, 1, 1), torch.randn(4, e)
+    weight, coef = torch.randn(e, channels, 1, 1), torch.randn(2, e)
     bn, residual = (table(x), None) if normalized else (None, maps(channels))
     act = 2 if normalized else 0
     upstream = (grad, y, table(y), coef, 0, None)
@@ -70,7 +70,7 @@ def test_pointwise_backward(channels, normalized):
 def test_pointwise_backward_with_a_gate():
     c, e = 32, 16
     x, y, grad = maps(c), maps(e), maps(e)
-    weight, coef, gate = torch.randn(e, c, 1, 1), torch.randn(4, e), torch.rand(IMAGES, c)
+    weight, coef, gate = torch.randn(e, c, 1, 1), torch.randn(2, e), torch.rand(IMAGES, c)
     args = (grad, y, table(y), coef, 0, None, x, weight, table(x), 2, gate, None, True, True, True)
     check(torch.ops.mnet_cpu.pointwise_backward, args)
 

@@ -39,8 +39,8 @@ def sample(n=2, c=3, e=5, o=4, h=7, w=6, k=3, stride=2, dtype=torch.float32, how
     gram, shift = reference.gram(x), table(c)
     bn_w = reference.expand_finalize(gram, w1, table(e), table(e), 1e-5, x.numel() // c)[0]
     bn_r = clear_table(table(5, e), reference._matmul(w1.double(), x.double() - shift.view(-1, 1, 1)))
-    up_y = (ye, ye, bn_y, table(4, e), 0)
-    up_y3 = (y3, y3, bn_o, table(4, o), 2)
+    up_y = (ye, ye, bn_y, table(2, e), 0)
+    up_y3 = (y3, y3, bn_o, table(2, o), 2)
     return {
         "pointwise": [(x, w1, None, 0, None, True), (ye, w3, bn_y, 3, gate, False), (ye, w3, bn_y, 2, None, True)],
         "depthwise": [(xe, w2, bn_e, 2, stride, True), (xe, w2, None, 0, 1, False)],
@@ -79,8 +79,8 @@ def sample(n=2, c=3, e=5, o=4, h=7, w=6, k=3, stride=2, dtype=torch.float32, how
         "expand_finalize": [(gram, w1, table(e), table(e), 1e-5, count), (gram, w1, None, None, 1e-5, count)],
         "expand_depthwise": [(x, shift, w1, bn_r, 2, w2, stride, True), (x, shift, w1, bn_r, 3, w2, 1, False)],
         "expand_depthwise_backward": [
-            (*up_y3, w3, None, None, ye, bn_y, table(4, e), 2, x, shift, w1, bn_r, 2, w2, stride, True, True),
-            (*up_y3, w3, gate, gate, ye, bn_y, table(4, e), 3, x, shift, w1, bn_r, 3, w2, stride, False, False),
+            (*up_y3, w3, None, None, ye, bn_y, table(2, e), 2, x, shift, w1, bn_r, 2, w2, stride, True, True),
+            (*up_y3, w3, gate, gate, ye, bn_y, table(2, e), 3, x, shift, w1, bn_r, 3, w2, stride, False, False),
         ],
         "expand_finalize_backward": [
             # tables that belong together: the mean of W (x - k) is given twice, by bn and by gram

@@ -20,7 +20,7 @@ def table(channels):
 
 
 def coefficients(channels):
-    return 0.1 * torch.randn(4, channels)
+    return 0.1 * torch.randn(2, channels)
 
 
 # n, c, e, h, w of the pointwise stages: tails of every kind, one position, one channel, several blocks

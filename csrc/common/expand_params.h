@@ -94,7 +94,7 @@ struct ProjectUpstream {
   const void* grad;    // [n, out_h, out_w, c]
   const void* y;       // like grad
   const float* bn;     // [5, c] of y
-  const float* coef;   // [4, c]
+  const float* coef;   // [2, c]
   const void* weight;  // [c, e], any strides
   int64_t weight_stride_c;
   int64_t weight_stride_e;

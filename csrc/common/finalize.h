@@ -22,7 +22,9 @@ struct FinalizeParams {
 struct FinalizeBackwardParams {
   const float* sums;  // [2, c]: sum g, sum g * (y - mean)
   const float* bn;    // [5, c]
-  float* coef;        // [4, c]: b, c of dy = scale * g + b * (y - mean) + c, dgamma, dbeta
+  float* coef;        // [2, c]: b, c of dy = scale * g + b * (y - mean) + c
+  float* dgamma;      // [c]
+  float* dbeta;       // [c]
   double count;
   bool batch_stats;  // false: the statistics were constants
   int64_t c;
@@ -54,8 +56,8 @@ MNET_HD void finalize_backward_channel(const FinalizeBackwardParams& p, int64_t 
   const double per = p.batch_stats ? -scale / p.count : 0.0;
   p.coef[i] = p.batch_stats ? static_cast<float>(per * rstd * rstd * sy) : 0.f;
   p.coef[p.c + i] = p.batch_stats ? static_cast<float>(per * s) : 0.f;
-  p.coef[2 * p.c + i] = static_cast<float>(rstd * sy);
-  p.coef[3 * p.c + i] = p.sums[i];
+  p.dgamma[i] = static_cast<float>(rstd * sy);
+  p.dbeta[i] = p.sums[i];
 }
 
 }  // namespace mnet

@@ -32,7 +32,7 @@ struct PointwiseBackwardParams {
   const void* grad;     // [positions, e]; nullptr: offset takes its place
   const void* y;        // [positions, e]
   const float* y_bn;    // [5, e]
-  const float* coef;    // [4, e]
+  const float* coef;    // [2, e]
   const float* offset;  // [images, e], the gradient at every position of an image; nullptr: grad
   const void* x;      // [positions, c]
   const void* weight;

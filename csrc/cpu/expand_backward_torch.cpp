@@ -26,7 +26,7 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_depthwise_backward(
   check_activation(kOp, "y_act", y_act);
   d.y = y.const_data_ptr();
   d.y_bn = check_table(kOp, "y_bn", y_bn, {5, e}, x);
-  d.coef = check_table(kOp, "y_coef", y_coef, {4, e}, x);
+  d.coef = check_table(kOp, "y_coef", y_coef, {2, e}, x);
   d.gate = check_table(kOp, "gate", gate, {n, e}, x);
   d.offset = check_table(kOp, "offset", offset, {n, e}, x);
   d.bn = check_table(kOp, "bn", bn, {5, e}, x);
@@ -47,7 +47,7 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_depthwise_backward(
   project.grad = grad.const_data_ptr();
   project.y = y3.const_data_ptr();
   project.bn = check_table(kOp, "y3_bn", y3_bn, {5, o}, x);
-  project.coef = check_table(kOp, "y3_coef", y3_coef, {4, o}, x);
+  project.coef = check_table(kOp, "y3_coef", y3_coef, {2, o}, x);
   project.weight = project_weight.const_data_ptr();
   project.weight_stride_c = project_weight.stride(0);
   project.weight_stride_e = project_weight.stride(1);

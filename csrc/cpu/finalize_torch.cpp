@@ -2,6 +2,8 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
+#include <tuple>
+
 #include "../finalize_checks.h"
 
 namespace mnet::cpu {
@@ -13,10 +15,11 @@ static at::Tensor finalize(const at::Tensor& moments, const std::optional<at::Te
   return call.bn;
 }
 
-static at::Tensor finalize_backward(const at::Tensor& sums, const at::Tensor& bn, int64_t count, bool batch_stats) {
+static std::tuple<at::Tensor, at::Tensor, at::Tensor> finalize_backward(const at::Tensor& sums, const at::Tensor& bn,
+                                                                        int64_t count, bool batch_stats) {
   const FinalizeBackwardCall call = prepare_finalize_backward(sums, bn, count, batch_stats);
   for (int64_t i = 0; i < call.params.c; ++i) finalize_backward_channel(call.params, i);
-  return call.coef;
+  return {call.coef, call.dgamma, call.dbeta};
 }
 
 static void update(at::Tensor& running, const float* fresh, double momentum) {

@@ -4,6 +4,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <tuple>
+
 #include "../finalize_checks.h"
 #include "check_device.h"
 #include "finalize.h"
@@ -19,12 +21,13 @@ static at::Tensor finalize_op(const at::Tensor& moments, const std::optional<at:
   return call.bn;
 }
 
-static at::Tensor finalize_backward_op(const at::Tensor& sums, const at::Tensor& bn, int64_t count, bool batch_stats) {
+static std::tuple<at::Tensor, at::Tensor, at::Tensor> finalize_backward_op(const at::Tensor& sums, const at::Tensor& bn,
+                                                                           int64_t count, bool batch_stats) {
   const c10::cuda::CUDAGuard guard(sums.device());
   check_device("finalize_backward", sums.device());
   const FinalizeBackwardCall call = prepare_finalize_backward(sums, bn, count, batch_stats);
   check_launch("finalize_backward", finalize_backward(call.params, c10::cuda::getCurrentCUDAStream().stream()));
-  return call.coef;
+  return {call.coef, call.dgamma, call.dbeta};
 }
 
 static RunningStat running_stat(const char* name, at::Tensor& t, const float* fresh) {

@@ -51,7 +51,7 @@ struct BackwardProblem {
     data.fill(residual, inputs());
     y_bn = data.table(5 * s.c);
     bn = data.table(5 * s.c);
-    coef = data.table(4 * s.c);
+    coef = data.table(2 * s.c);
     gate = data.table(int64_t{s.n} * s.c);
     offset = data.table(int64_t{s.n} * s.c);
     DepthwiseBackwardParams& p = params;

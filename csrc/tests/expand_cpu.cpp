@@ -16,8 +16,8 @@ struct Block : ExpandProblem {
   Block(const ExpandShape& shape, Dtype d, cpu::Capability level, Check& c, uint64_t seed)
       : ExpandProblem(shape, d, c, seed), capability(level), project(d, int64_t{s.o} * s.e), y(d, out * s.e),
         y3(d, out * s.o), grad(d, out * s.o), dx(d, in * s.c), y_bn(safe_table(random, s.e)),
-        y3_bn(safe_table(random, s.o)), y_coef(uniform(random, 4 * s.e, -0.2, 0.2)),
-        y3_coef(uniform(random, 4 * s.o, -0.2, 0.2)), gate(uniform(random, int64_t{s.n} * s.e, 0, 1)),
+        y3_bn(safe_table(random, s.o)), y_coef(uniform(random, 2 * s.e, -0.2, 0.2)),
+        y3_coef(uniform(random, 2 * s.o, -0.2, 0.2)), gate(uniform(random, int64_t{s.n} * s.e, 0, 1)),
         offset(uniform(random, int64_t{s.n} * s.e, -1, 1)) {
     fill(random, d, project, int64_t{s.o} * s.e, -1, 1);
     fill(random, d, y, out * s.e, -1, 1);

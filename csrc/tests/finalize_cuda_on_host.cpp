@@ -14,7 +14,7 @@ static void check_tables(int c, bool affine, bool batch_stats, int64_t count, ui
   Data data(seed);
   std::vector<float> moments = data.table(2 * c), gamma = data.table(c), beta = data.table(c), bn(5 * c, -1.f);
   const std::vector<float> sums = data.table(2 * c);
-  std::vector<float> coef(4 * c, -1.f);
+  std::vector<float> coef(2 * c, -1.f), dgamma(c, -1.f), dbeta(c, -1.f);
   for (int i = 0; i < c; ++i) moments[c + i] = i % 3 ? std::fabs(moments[c + i]) : 0.f;
   char label[80];
   std::snprintf(label, sizeof label, "tables of %d channels, affine %d, batch stats %d", c, affine, batch_stats);
@@ -22,7 +22,9 @@ static void check_tables(int c, bool affine, bool batch_stats, int64_t count, ui
   const double eps = 1e-5;
   FinalizeParams p{moments.data(), affine ? gamma.data() : nullptr, affine ? beta.data() : nullptr, bn.data(), eps,
                    bessel_correction(count), c};
-  FinalizeBackwardParams b{sums.data(), bn.data(), coef.data(), static_cast<double>(count), batch_stats, c};
+  FinalizeBackwardParams b{sums.data(),   bn.data(),    coef.data(),
+                           dgamma.data(), dbeta.data(), static_cast<double>(count),
+                           batch_stats,   c};
   for (const host::Schedule schedule : host::kSchedules) {
     host::schedule = schedule;
     if (cuda::finalize(p, nullptr) != cudaSuccess || cuda::finalize_backward(b, nullptr) != cudaSuccess) ++failures;
@@ -35,8 +37,10 @@ static void check_tables(int c, bool affine, bool batch_stats, int64_t count, ui
         check("bn", row * c + i, bn[row * c + i], want[row], 2 * kUnit * (row == 1 ? size : std::fabs(want[row])));
       }
       const double s = sums[i], sy = sums[c + i], a = bn[i], r = bn[3 * c + i];
-      const double coefs[] = {batch_stats ? -a * r * r * sy / count : 0, batch_stats ? -a * s / count : 0, r * sy, s};
-      for (int row = 0; row < 4; ++row) check("coef", row * c + i, coef[row * c + i], coefs[row], kUnit * std::fabs(coefs[row]));
+      const double coefs[] = {batch_stats ? -a * r * r * sy / count : 0, batch_stats ? -a * s / count : 0};
+      for (int row = 0; row < 2; ++row) check("coef", row * c + i, coef[row * c + i], coefs[row], kUnit * std::fabs(coefs[row]));
+      check("dgamma", i, dgamma[i], r * sy, kUnit * std::fabs(r * sy));
+      check("dbeta", i, dbeta[i], s, 0);
     }
   }
 }

@@ -54,7 +54,7 @@ class PointwiseProblem {
     bn = uniform(5 * s.c, -1, 2);
     gate = uniform(int64_t{s.images} * s.c, 0, 1);
     y_bn = uniform(5 * s.e, -1, 1);
-    coef = uniform(4 * s.e, -1, 1);
+    coef = uniform(2 * s.e, -1, 1);
     offset = uniform(int64_t{s.images} * s.e, -2, 2);
     act_ = static_cast<Activation>(s.act < 0 ? 0 : s.act);
   }

@@ -68,7 +68,7 @@ class StemProblem {
     data.fill(y, positions * s.e);
     data.fill(grad, positions * s.e);
     y_bn = data.table(5 * s.e);
-    coef = data.table(4 * s.e);
+    coef = data.table(2 * s.e);
     columns_.resize(positions * depth);
     for (int64_t i = 0; i < positions; ++i) {
       const int column = static_cast<int>(i % out_w), row = static_cast<int>(i / out_w % out_h);

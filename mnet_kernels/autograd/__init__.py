@@ -65,6 +65,20 @@ def autocast_off(device_type):
     return contextlib.nullcontext()
 
 
+def _lay_out(grad, weight):
+    """grad with the strides of its parameter, which DistributedDataParallel and fused optimizers want to the letter.
+
+    Where they differ along dimensions of size 1 alone, as channels_last does for 1x1 and depthwise weights, it stays
+    where it is.
+    """
+    if grad is None or grad.stride() == weight.stride():
+        return grad
+    for size, mine, wanted in zip(grad.shape, grad.stride(), weight.stride(), strict=True):
+        if size != 1 and mine != wanted:
+            return torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+    return grad.as_strided(weight.shape, weight.stride())
+
+
 class FusedBlock(torch.autograd.Function):
     """``apply(block, on_stats, x, *tensors) -> (out, [bn table if block.raw, or gram,] mean_1, var_1, ...)``.
 
@@ -124,4 +138,9 @@ class FusedBlock(torch.autograd.Function):
                 stage(block.backend), block, grad, x, saved, weights, extra, needs[0], needs[1:]
             )
         grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+        for i, weight in enumerate(weights):
+            grads[i * PER_LAYER] = _lay_out(grads[i * PER_LAYER], weight)
+        if block.excite:
+            for i in (0, 2):
+                grads[count * PER_LAYER + i] = _lay_out(grads[count * PER_LAYER + i], extra[i])
         return (None, None, dx, *grads)

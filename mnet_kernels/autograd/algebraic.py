@@ -57,8 +57,8 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
         grads[at + 2] = dbeta if needs[at + 2] else None
 
     sums = stage.normalize_backward(grad, y3, bn3, project.act)
-    coef3 = backward_coefficients(stage, project, sums, bn3, y3)
-    batch_norm_grads(2, coef3[2], coef3[3])
+    coef3, *affine = backward_coefficients(stage, project, sums, bn3, y3)
+    batch_norm_grads(2, *affine)
 
     upstream3 = (grad, y3, bn3, coef3, project.act)
     needs_expand = needs_x or any(needs[:PER_LAYER])
@@ -77,8 +77,8 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
     if gates:
         area = y2.shape[2] * y2.shape[3]
         offset, sums, grads[count : count + len(excite)] = se.backward(block.excite, sums, *gates, excite, area)
-    coef2 = backward_coefficients(stage, depthwise, sums, bn2, y2)
-    batch_norm_grads(1, coef2[2], coef2[3])
+    coef2, *affine = backward_coefficients(stage, depthwise, sums, bn2, y2)
+    batch_norm_grads(1, *affine)
 
     needs_w2 = needs[PER_LAYER]
     if not (needs_expand or needs_w2):

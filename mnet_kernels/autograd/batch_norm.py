@@ -75,13 +75,14 @@ def expand_coefficients(stage, layer, tensors, weight, x, gram):
 
 
 def backward_coefficients(stage, layer, sums, bn, y):
-    """coef [4, C] of a layer's batch norm from the sums over its upstream gradient."""
+    """coef [2, C] of a layer's batch norm, and the gradients of gamma and beta [C], from the sums over its upstream
+    gradient."""
     if layer.group is None:
         return stage.finalize_backward(sums, bn, positions(y), layer.batch_stats)
     # The affine is of everyone's sums; gamma's and beta's gradients are of one's own, as every other parameter's.
     own = torch.cat([sums.double().flatten(), sums.new_tensor([positions(y)], dtype=torch.float64)])
     torch.distributed.all_reduce(own, group=layer.group)
     shared, total = own[:-1].view(sums.shape).to(sums.dtype), own[-1].to(sums.dtype)
-    coef = stage.finalize_backward(sums, bn, 1, True)
-    coef[:2] = stage.finalize_backward(shared, bn, 1, True)[:2] / total
-    return coef
+    _, dgamma, dbeta = stage.finalize_backward(sums, bn, 1, True)
+    coef, _, _ = stage.finalize_backward(shared, bn, 1, True)
+    return coef / total, dgamma, dbeta

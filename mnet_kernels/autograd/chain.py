@@ -84,9 +84,9 @@ def backward(stage, block, grad, x, saved, weights, extra, needs_x, needs):
     residual = grad if block.residual else None
     for i in reversed(range(count)):
         layer, at = block.layers[i], i * PER_LAYER
-        coef = backward_coefficients(stage, layer, sums, bns[i], maps[i])
-        grads[at + 1] = coef[2] if needs[at + 1] else None
-        grads[at + 2] = coef[3] if needs[at + 2] else None
+        coef, dgamma, dbeta = backward_coefficients(stage, layer, sums, bns[i], maps[i])
+        grads[at + 1] = dgamma if needs[at + 1] else None
+        grads[at + 2] = dbeta if needs[at + 2] else None
         excited = block.excite and i == count - 1
         below = needs_x or any(needs[:at]) or (excited and any(needs[excites]))
         if not (below or needs[at]):

@@ -198,7 +198,7 @@ class ConvolutionBackward(Convolution):
         grad, y = (new.map(*self.shape_of_output(layer)) for _ in range(2))
         bn = None if layer.act is None else new.table(x)
         act = IDENTITY if layer.act is None else NAMES.index(layer.act)
-        upstream = (grad, y, new.table(y), new.vector(4, layer.out_channels), IDENTITY)
+        upstream = (grad, y, new.table(y), new.vector(2, layer.out_channels), IDENTITY)
         if layer.kind == "pointwise":
             tail = (None, x, weight, bn, act, None, None, True, True, True)
             return lambda: table.pointwise_backward(*upstream, *tail)
@@ -234,7 +234,7 @@ class StemBackward(Stem):
         layer = self.layers[0]
         x = new.map(*self.shape_of_input(layer))
         grad, y = (new.map(*self.shape_of_output(layer)) for _ in range(2))
-        upstream = (grad, y, new.table(y), new.vector(4, layer.out_channels), IDENTITY)
+        upstream = (grad, y, new.table(y), new.vector(2, layer.out_channels), IDENTITY)
         return lambda: table.stem_backward(*upstream, x, layer.stride, False, True)
 
     def native(self, new):
@@ -344,9 +344,9 @@ class ExpandDepthwiseBackward(ExpandDepthwise):
         y2 = new.map(*self.shape_of_output(depthwise))
         gram = torch.ops.mnet_ref.gram(x)
         bn, _ = torch.ops.mnet_ref.expand_finalize(gram, w1, gamma, beta, EPS, self._count(x))
-        upstream = (grad, y3, new.table(y3), new.vector(4, project.out_channels), IDENTITY, w3, None, None)
+        upstream = (grad, y3, new.table(y3), new.vector(2, project.out_channels), IDENTITY, w3, None, None)
         act1, act2 = NAMES.index(depthwise.act), NAMES.index(project.act)
-        middle = (y2, new.table(y2), new.vector(4, depthwise.channels), act2)
+        middle = (y2, new.table(y2), new.vector(2, depthwise.channels), act2)
         last = (x, gram[-1], w1, bn, act1, w2, depthwise.stride, True, True)
 
         def call():

@@ -127,7 +127,7 @@ def calls(kernel, layer, new):
     if kernel == "depthwise":
         return [("depthwise", (x, weight, bn, act, layer.stride, True))]
     grad, y = new.map(*_output(layer)), new.map(*_output(layer))
-    upstream = (grad, y, new.table(y), new.vector(4, layer.out_channels), IDENTITY)
+    upstream = (grad, y, new.table(y), new.vector(2, layer.out_channels), IDENTITY)
     if kernel == "depthwise_backward":
         rest = (None, None, x, weight, bn, act, layer.stride, None, True, True)
         return [("depthwise_backward", upstream + rest)]
@@ -141,7 +141,7 @@ def _stem_calls(layer, new):
 
 def _stem_backward_calls(layer, new):
     grad, y = new.map(*_output(layer)), new.map(*_output(layer))
-    x, coef = new.image(layer.channels, layer.height, layer.width), new.vector(4, layer.out_channels)
+    x, coef = new.image(layer.channels, layer.height, layer.width), new.vector(2, layer.out_channels)
     return [("stem_backward", (grad, y, new.table(y), coef, IDENTITY, x, layer.stride, False, True))]
 
 

@@ -238,7 +238,7 @@ def finalize_backward(sums, bn, count, batch_stats):
     scale, rstd = bn[0], bn[3]
     b = -scale * rstd.square() * sy / count if batch_stats else torch.zeros_like(s)
     c = -scale * s / count if batch_stats else torch.zeros_like(s)
-    return torch.stack([b, c, rstd * sy, s])
+    return torch.stack([b, c]), rstd * sy, s.clone()
 
 
 def depthwise_backward(

@@ -360,7 +360,7 @@ def depthwise_backward(
     if residual is not None:
         check_map("residual", residual, x, x.shape)
         check_one_of(residual, bn)
-    y_bn, coef = table("y_bn", y_bn, (5, channels), x), table("coef", coef, (4, channels), x)
+    y_bn, coef = table("y_bn", y_bn, (5, channels), x), table("coef", coef, (2, channels), x)
     gate, offset = table("gate", gate, (n, channels), x), table("offset", offset, (n, channels), x)
     gx = new_map(x, *x.shape) if needs_dx else x.new_empty(0)
     if not (needs_dx or needs_dw):

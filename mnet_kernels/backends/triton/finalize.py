@@ -84,8 +84,10 @@ def expand_finalize_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "channels"])
-def finalize_backward_kernel(sums, bn, out, count, channels, BATCH_STATS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums [2, C], bn [5, C] -> coef [4, C]"""
+def finalize_backward_kernel(
+    sums, bn, out, dgamma, dbeta, count, channels, BATCH_STATS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """sums [2, C], bn [5, C] -> coef [2, C], dgamma [C], dbeta [C]"""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = c < channels
     s = tl.load(sums + c, mask=valid, other=0.0)
@@ -99,8 +101,8 @@ def finalize_backward_kernel(sums, bn, out, count, channels, BATCH_STATS: tl.con
         offset = -scale * s / n
     tl.store(out + c, b, mask=valid)
     tl.store(out + channels + c, offset, mask=valid)
-    tl.store(out + 2 * channels + c, rstd * sy, mask=valid)
-    tl.store(out + 3 * channels + c, s, mask=valid)
+    tl.store(dgamma + c, rstd * sy, mask=valid)
+    tl.store(dbeta + c, s, mask=valid)
 
 
 @triton.jit(do_not_specialize=["momentum", "channels"])
@@ -157,15 +159,15 @@ def expand_finalize(gram, weight, gamma, beta, eps, count):
 
 
 def finalize_backward(sums, bn, count, batch_stats):
-    """Launches ``finalize_backward_kernel``: coef."""
+    """Launches ``finalize_backward_kernel``: (coef, dgamma, dbeta)."""
     channels = bn.shape[-1]
     sums, bn = table("sums", sums, (2, channels), bn), table("bn", bn, (5, channels), bn)
-    out = sums.new_empty((4, channels))
+    out, dgamma, dbeta = sums.new_empty((2, channels)), sums.new_empty(channels), sums.new_empty(channels)
     with device_of(sums):
         finalize_backward_kernel[_grid(channels)](
-            sums, bn, out, count, channels, BATCH_STATS=batch_stats, BLOCK=_BLOCK, num_warps=4, **FIXED
+            sums, bn, out, dgamma, dbeta, count, channels, BATCH_STATS=batch_stats, BLOCK=_BLOCK, num_warps=4, **FIXED
         )
-    return out
+    return out, dgamma, dbeta
 
 
 def update_running_stats(running_mean, running_var, num_batches_tracked, mean, var, momentum):

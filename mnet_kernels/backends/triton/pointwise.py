@@ -260,7 +260,7 @@ def pointwise_backward(
         check_map("residual", residual, x, x.shape)
         check_one_of(residual, bn)
     offset = table("offset", offset, (n, outputs), x)
-    up = (grad, y, table("y_bn", y_bn, (5, outputs), x), table("coef", coef, (4, outputs), x), offset)
+    up = (grad, y, table("y_bn", y_bn, (5, outputs), x), table("coef", coef, (2, outputs), x), offset)
     wants_sums = needs_sums and bn is not None
     gx, sums = x.new_empty(0), new_table(x, 0)
     if needs_dx or wants_sums:

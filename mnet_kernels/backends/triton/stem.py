@@ -186,7 +186,7 @@ def stem_backward(grad, y, y_bn, coef, y_act, x, stride, needs_dy, needs_dw):
     check_map("y", y, x, (x.shape[0], outputs, out_h, out_w))
     check_map("grad", grad, x, y.shape)
     check_act("y_act", y_act)
-    y_bn, coef = table("y_bn", y_bn, (5, outputs), x), table("coef", coef, (4, outputs), x)
+    y_bn, coef = table("y_bn", y_bn, (5, outputs), x), table("coef", coef, (2, outputs), x)
     dy = new_map(x, *y.shape) if needs_dy else x.new_empty(0)
     if not (needs_dy or needs_dw):
         return dy, new_table(x, 0)
