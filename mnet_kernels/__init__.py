@@ -7,7 +7,7 @@
 torchvision model in place, ``backend(...)`` chooses what runs, ``build_info()`` tells what can.
 """
 
-from . import stages
+from . import flops, stages
 from ._version import __version__
 from .backends import compiled
 
@@ -15,6 +15,7 @@ from .backends import compiled
 stages.setup()
 compiled.load()
 stages.bind()
+flops.setup()
 
 from . import functional, models, nn  # noqa: E402
 from .accelerate import AccelerateReport, accelerate, restore  # noqa: E402
