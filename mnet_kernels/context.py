@@ -46,3 +46,18 @@ def why_native_type(t):
     if type(t) in PLAIN:
         return None
     return f"a tensor is a {type(t).__name__}, and the fused ops take plain tensors"
+
+
+def why_native_parameters(layers, se=None):
+    """The same of a block's parameters by their types, which is all that is looked at of them.
+
+    Args:
+        layers: the block's :class:`~mnet_kernels.params.ConvBNAct`.
+        se: its :class:`~mnet_kernels.params.SqueezeExciteParams`, or None.
+    """
+    for layer in layers:
+        if type(layer.weight) not in PLAIN or type(layer.bn.weight) not in PLAIN:
+            return why_native_type(layer.weight) or why_native_type(layer.bn.weight)
+    if se is not None:
+        return why_native_type(se.reduce_weight) or why_native_type(se.expand_weight)
+    return None

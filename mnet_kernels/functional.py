@@ -302,7 +302,7 @@ def _run_block(op, x, layers, residual, se, backend, mode, nodes=None, pooled=Fa
     checks.check_input(op, x)
     dtype = _compute_dtype(x)
     checks.check_block(op, x, layers, residual, se, autocast=autocast_on(x.device.type))
-    why = context.why_native(x) or _why_native_parameters(layers, se)
+    why = context.why_native(x) or context.why_native_parameters(layers, se)
     if why is not None:  # whatever backend was asked for: none could do it
         say_once(f"running native torch ops on {x.device.type}: {why}")
         return _run_native(op, x, layers, residual, se, pooled), None
@@ -342,17 +342,6 @@ def _run_native(op, x, layers, residual, se, pooled):
         note("native::stem_conv_bn_act")
     out = native.block(x, layers, residual, se)
     return native.pool(out) if pooled else out
-
-
-def _why_native_parameters(layers, se):
-    """:func:`context.why_native` of the parameters, by their types; None if they are plain tensors."""
-    plain = context.PLAIN
-    for layer in layers:
-        if type(layer.weight) not in plain or type(layer.bn.weight) not in plain:
-            return context.why_native_type(layer.weight) or context.why_native_type(layer.bn.weight)
-    if se is not None:
-        return context.why_native_type(se.reduce_weight) or context.why_native_type(se.expand_weight)
-    return None
 
 
 def _takes_gram(follower, x, dtype, layers, se, backend, mode):
