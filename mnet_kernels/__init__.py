@@ -3,8 +3,8 @@
     from mnet_kernels import FusedMobileNetV2
     model = FusedMobileNetV2()          # where you wrote torchvision's mobilenet_v2()
 
-``mnet_kernels.functional`` has the ops, ``mnet_kernels.nn`` the modules, ``accelerate(model)`` swaps the blocks of a
-torchvision model in place, ``backend(...)`` chooses what runs, ``build_info()`` tells what can.
+``mnet_kernels.functional`` has the ops, ``mnet_kernels.nn`` the modules, ``accelerate(model)`` makes the blocks of a
+model run fused in place, ``backend(...)`` chooses what runs, ``build_info()`` tells what can.
 """
 
 from . import flops, stages
@@ -18,10 +18,10 @@ stages.bind()
 flops.setup()
 
 from . import functional, models, nn  # noqa: E402
-from .accelerate import AccelerateReport, accelerate, restore  # noqa: E402
 from .backends import BackendUnavailableError  # noqa: E402
 from .choice import backend, default_fused  # noqa: E402
-from .fold import fold  # noqa: E402
+from .graph.accelerate import AccelerateReport, accelerate, restore  # noqa: E402
+from .graph.fold import fold  # noqa: E402
 from .info import build_info  # noqa: E402
 from .memory import cpu_memory, empty_cache, reset_peak_cpu_memory  # noqa: E402
 from .models import (  # noqa: E402

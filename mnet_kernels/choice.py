@@ -70,6 +70,18 @@ def _check(name, value, allowed):
     return value
 
 
+def check(backend=None, mode=None):
+    """Check names of a backend and a mode, None for none.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if backend is not None:
+        _check("backend", backend, BACKENDS)
+    if mode is not None:
+        _check("mode", mode, MODES)
+
+
 def _from_environment():
     found = []
     for name, allowed in (("MNET_BACKEND", BACKENDS), ("MNET_MODE", MODES)):
@@ -94,10 +106,7 @@ def backend(name=None, mode=None):
         ValueError: on an unknown name. Whether the backend can run is found out at the first call.
     """
     global _scopes
-    if name is not None:
-        _check("backend", name, BACKENDS)
-    if mode is not None:
-        _check("mode", mode, MODES)
+    check(name, mode)
     outer, _scopes = _scopes, (*_scopes, (name, mode))
     try:
         yield

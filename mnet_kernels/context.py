@@ -5,12 +5,13 @@ own only.  Both the public ops and the modules ask here, so that one rule holds 
 """
 
 import torch
-from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch._C._functorch import is_legacy_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling  # False in one step, and True to Dynamo
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # What torch.compile, torch.export and shape propagation call the ops with is no subclass of the user's; None is for a
 # parameter that is absent.
@@ -46,6 +47,21 @@ def why_native_type(t):
     if type(t) in PLAIN:
         return None
     return f"a tensor is a {type(t).__name__}, and the fused ops take plain tensors"
+
+
+def watched():
+    """Why a module must call its children, as a clause, or None: somebody's dispatch mode looks at the ops of the call
+    (a counter of FLOPs or bytes, selective checkpointing, make_fx), and knows torch's own.
+
+    A mode that has the attribute ``sees_stages`` asks for the ops that run.  This is of modules, which stand for plain
+    ones; a public op that is called by its name runs as ever.
+    """
+    if is_dynamo_compiling() or not _len_torch_dispatch_stack():
+        return None
+    for mode in _get_current_dispatch_mode_stack():
+        if not getattr(mode, "sees_stages", False):
+            return f"{type(mode).__name__} looks at the ops of the call"
+    return None
 
 
 def why_native_parameters(layers, se=None):

@@ -410,4 +410,10 @@ def _run_node(x, layers, choice, source, shared, raw, gram, residual, se, pooled
 def _update_running_stats(stages, batch_norms, stats):
     for bn, mean, var in zip(batch_norms, stats[::2], stats[1::2], strict=True):
         if bn.updates:
-            stages.update_running_stats(bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, bn.momentum)
+            running = bn.running_mean, bn.running_var
+            if not torch.compiler.is_compiling():
+                # torch's own batch norm does not count this as a change of what an earlier call may have saved
+                running = tuple(t.data for t in running)
+            stages.update_running_stats(*running, bn.num_batches_tracked, mean, var, bn.momentum)
+        elif bn.training and bn.num_batches_tracked is not None:  # as nn.BatchNorm2d, which counts all the same
+            bn.num_batches_tracked.add_(1)

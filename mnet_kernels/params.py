@@ -28,12 +28,13 @@ class BatchNormParams(NamedTuple):
     @classmethod
     def of(cls, module):
         """Take everything from an ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``."""
-        mean, var, batches = module.running_mean, module.running_var, module.num_batches_tracked
+        mean, var, batches = (_of(module, module._buffers, name) for name in _STATISTICS)
         if module.training and not module.track_running_stats:
             mean = var = batches = None
         return cls(
-            module.weight, module.bias, mean, var, batches, module.training, module.momentum, module.eps, _group(module)
-        )
+            _of(module, module._parameters, "weight"), _of(module, module._parameters, "bias"), mean, var, batches,
+            module.training, module.momentum, module.eps, _group(module),
+        )  # fmt: skip
 
     @property
     def batch_stats(self):
@@ -44,6 +45,14 @@ class BatchNormParams(NamedTuple):
     def updates(self):
         """Whether a forward changes the running statistics."""
         return self.training and self.running_mean is not None
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _of(module, tensors, name):
+    """A module's parameter or buffer, past nn.Module's look-up where it is among ``tensors``: that one takes longer."""
+    return tensors[name] if name in tensors else getattr(module, name)
 
 
 def _group(module):

@@ -9,7 +9,7 @@ import functools
 import timm
 from timm.models import register_model
 
-from .accelerate import accelerate
+from .graph.accelerate import accelerate
 
 PATTERNS = (
     "mobilenetv1_*", "mobilenetv2_*", "mobilenetv3_*", "mnasnet_*", "semnasnet_*", "spnasnet_*", "fbnetc_*",
@@ -24,7 +24,7 @@ def _register(name):
         return model
 
     create.__name__ = create.__qualname__ = f"fused_{name}"
-    create.__doc__ = f"timm's {name}, its blocks replaced by fused ones."
+    create.__doc__ = f"timm's {name}, its blocks run fused."
     # register_model writes down which module a model comes from
     create.__module__ = __name__
     register_model(create)

@@ -84,7 +84,8 @@ def native_calls(counts):
 def takes_raw_stem(model):
     """Whether the first of a V2's or V3's blocks reads the stem's raw output, which is then not written."""
     block = model.features[1]
-    return not block.use_res_connect and block._roles()[0] is None
+    first = next(m for m in block.modules() if isinstance(m, torch.nn.Conv2d))
+    return not block.use_res_connect and first.groups > 1
 
 
 def written(counts):

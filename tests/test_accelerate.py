@@ -41,7 +41,7 @@ def test_same_step_same_objects(model):
         assert counts[f"mnet_ref::{'expand_depthwise' if mode == 'algebraic' else 'depthwise'}"] >= 4
 
     names = mk.restore(model)
-    assert names == BLOCKS
+    assert names == ["", "features", *BLOCKS]
     assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
     assert all(p is parameters[n] for n, p in model.named_parameters())
     with mk.count_stages() as counts:
@@ -84,7 +84,7 @@ def test_twice_changes_nothing(model):
 def test_copies_can_be_restored(model, duplicate):
     mk.accelerate(model)
     other = duplicate(model)
-    assert len(mk.restore(other)) == 7
+    assert len(mk.restore(other)) == 9  # the blocks, the features, the model
     assert not any(p is q for p, q in zip(model.parameters(), other.parameters(), strict=True))
     x, labels = batch(size=32)
     with mk.backend("reference"):
@@ -99,10 +99,39 @@ def test_report_reads_well(model):
     assert "features.6: Conv2dNormActivation -> pointwise_conv_bn_act" in text
 
 
-@pytest.mark.parametrize("given", [torch.zeros(1), mobilenet_v2(**SHORT).features[2]], ids=["tensor", "block"])
-def test_not_a_model(given):
-    with pytest.raises(TypeError, match="accelerate"):
-        mk.accelerate(given)
+def test_not_a_model():
+    for function in (mk.accelerate, mk.restore):
+        with pytest.raises(TypeError, match=rf"{function.__name__} needs an nn.Module, got Tensor"):
+            function(torch.zeros(1))
+    with pytest.raises(ValueError, match="backend must be one of .*'fast'"):
+        mk.accelerate(nn.Identity(), backend="fast")
+    with pytest.raises(ValueError, match="mode must be one of"):
+        mk.accelerate(nn.Identity(), mode="fast")
+
+
+def test_a_block_itself(model):
+    block, x = model.features[3], torch.randn(4, 16, 9, 7, dtype=torch.float64)
+    want = copy.deepcopy(block)(x)
+    assert [row[0] for row in mk.accelerate(block).replaced] == [""]
+    with mk.backend("reference"), mk.count_stages() as counts:
+        torch.testing.assert_close(block(x), want)
+    assert counts["mnet_ref::depthwise"] == 1 and model.features[3] is block
+    assert mk.restore(block) == [""]
+
+
+def test_a_part_first_and_one_block_in_two_places(model):
+    block = copy.deepcopy(model.features[3])
+    model.features.insert(3, block)
+    model.features.insert(5, block)
+    reference, x = copy.deepcopy(model), batch(size=32)
+    assert [row[0] for row in mk.accelerate(model.features[3]).replaced] == [""]
+    want = training_step(reference, *x)
+    for _ in range(2):  # the part alone, then all
+        with mk.backend("reference"):
+            assert_same(training_step(copy.deepcopy(model), *x), want)
+        mk.accelerate(model)
+    assert model.features[3] is model.features[5] and len(mk.restore(model)) == 10
+    assert [type(m) for m in model.modules()] == [type(m) for m in reference.modules()]
 
 
 # ---- what a block may fuse -----------------------------------------------------------------------------------------
@@ -199,7 +228,9 @@ def test_changed_before(model, change):
     x, labels = batch(size=32)
     want = training_step(model, x, labels)
     report = mk.accelerate(model)
-    assert [(n, CHANGES[change] in why) for n, _, why in report.kept if n != "features.0"] == [("features.3", True)]
+    kept = [(n, CHANGES[change] in why) for n, _, why in report.kept]
+    assert kept == ([] if change is _pre_hook_on_block else [("features.3", True)])
+    assert all(name.startswith("features.3.") for name, _ in report.plain)
     with mk.backend("reference"):
         assert_same(training_step(model, x, labels), want)
 

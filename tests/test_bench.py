@@ -360,6 +360,19 @@ def test_depthwise_of_stride_2_in_float32():
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 if setting is amp else 0)
 
 
+@pytest.mark.skipif(backends.why_unavailable("cpu", CPU) is not None, reason="no compiled CPU kernels")
+@pytest.mark.parametrize("name", ["v1", "v2", "v3-small"])
+def test_accelerate_runs_what_the_fused_model_runs(name):
+    (model,) = shapes.models([name], 0.25, 64)
+    counts = []
+    for provider in providers.parse(["accelerate", "cpu/auto"], CPU):
+        workload = model.prepare(provider, SETTING)
+        with stages.count_stages() as found:
+            workload.calls["train"]()
+        counts.append(found)
+    assert counts[0] == counts[1] and sum(counts[0].values()) > 50
+
+
 def test_folded_in_eval_mode_alone(tmp_path):
     block = small_block()
     one = compare.Prepared(block, providers.NATIVE["folded"], SETTING, ["forward"])

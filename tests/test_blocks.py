@@ -10,7 +10,6 @@ from networks import randomise
 
 import mnet_kernels as mk
 from mnet_kernels import log
-from mnet_kernels.nn.inverted_residual import run_blocks
 
 
 def compare(inputs):
@@ -333,7 +332,7 @@ def test_stem_that_the_next_block_reads_raw(stride):
 @pytest.mark.parametrize("mode", ["chain", "algebraic"])
 @pytest.mark.parametrize("squeeze_channels", [None, 3])
 def test_stem_that_an_inverted_residual_reads_raw(squeeze_channels, mode, training):
-    """run_blocks does so where the block has no expand layer and no residual: the same as one after the other."""
+    """FusedSequential does so where the block has no expand layer and no residual: the same as one after the other."""
     stem = mk.nn.FusedStemConvBNAct(3, 6, 2, activation_layer=torch.nn.Hardswish)
     first = mk.nn.FusedInvertedResidual(6, 5, 2, 1, squeeze_channels=squeeze_channels)
     model = torch.nn.Sequential(stem, first, mk.nn.FusedInvertedResidual(5, 5, 1, 3)).double().train(training)
@@ -354,13 +353,13 @@ def test_stem_that_an_inverted_residual_reads_raw(squeeze_channels, mode, traini
 
     want = run("native", model, False)
     assert all(g.abs().max() > 0 for g in want.values())
-    assert_same(run("reference", lambda x: run_blocks(list(model), x), True), want)
+    assert_same(run("reference", mk.nn.FusedSequential(*model), True), want)
     for hooked in (stem, first):
         handle = hooked.register_forward_hook(lambda *_: None)
-        assert_same(run("reference", lambda x: run_blocks(list(model), x), False), want)
+        assert_same(run("reference", mk.nn.FusedSequential(*model), False), want)
         handle.remove()
     first.backend = "reference"
-    assert_same(run("reference", lambda x: run_blocks(list(model), x), False), want)
+    assert_same(run("reference", mk.nn.FusedSequential(*model), False), want)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -61,7 +61,7 @@ def test_what_cannot_be_folded_stays():
     randomise(model[3:])
     folded = mk.fold(model)
     assert [type(m) for m in folded] == [
-        nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.GroupNorm, nn.Conv2d, nn.Sigmoid
+        nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.GroupNorm, nn.Conv2d, nn.Identity, nn.Sigmoid
     ]  # fmt: skip
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     torch.testing.assert_close(folded(x), model.eval()(x))

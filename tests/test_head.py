@@ -7,7 +7,7 @@ from networks import takes_raw_stem
 from torch import nn
 
 import mnet_kernels as mk
-from mnet_kernels.nn import FusedPointwiseConvBNAct, FusedPointwiseConvBNActPool, run_pooled
+from mnet_kernels.nn import FusedPointwiseConvBNAct, FusedPointwiseConvBNActPool, FusedSequential
 
 POOLED = "mnet_ref::squeeze"
 
@@ -79,7 +79,8 @@ def test_features_are_still_a_map(make):
     model, x = make(), image(channels=3, size=(64, 65))
     with mk.backend("reference"), mk.count_stages() as counts:
         features = model.features(x)
-    assert features.shape[2:] == (2, 3) and counts["mnet_ref::normalize"] == len(model.features)
+    written = len(model.features) - takes_raw_stem(model)
+    assert features.shape[2:] == (2, 3) and counts["mnet_ref::normalize"] == written
     with mk.backend("reference"), mk.count_stages() as counts:
         out = model(x)
     assert counts["mnet_ref::normalize"] == len(model.features) - 1 - takes_raw_stem(model)
@@ -132,7 +133,7 @@ class Doubled(FusedPointwiseConvBNAct):
         return 2 * super().forward(x)
 
 
-class Reversed(nn.Sequential):
+class Reversed(FusedSequential):
     def forward(self, x):
         for module in reversed(self):
             x = module(x)
@@ -144,17 +145,26 @@ def replaced(module):
     return module
 
 
+def network(features, pool):
+    """A network with these features and this pool (None: torch's function), and no classifier."""
+    model = v2() if pool is None else v3()
+    model.features, model.classifier = features, nn.Identity()
+    if pool is not None:
+        model.avgpool = pool
+    return model
+
+
 OTHERS = {
-    "a subclass of the last layer": (lambda: nn.Sequential(layer(Doubled)), None),
+    "a subclass of the last layer": (lambda: FusedSequential(layer(Doubled)), None),
     "another order": (lambda: Reversed(layer(FusedPointwiseConvBNAct), layer(FusedPointwiseConvBNAct, 5, 5)), None),
-    "no layer at the end": (lambda: nn.Sequential(layer(FusedPointwiseConvBNAct), nn.Dropout(0.0)), None),
-    "nothing": (nn.Sequential, None),
-    "no Sequential": (lambda: layer(FusedPointwiseConvBNAct), None),
-    "a larger pool": (lambda: nn.Sequential(layer(FusedPointwiseConvBNAct)), nn.AdaptiveAvgPool2d(2)),
-    "another pool": (lambda: nn.Sequential(layer(FusedPointwiseConvBNAct)), nn.AdaptiveMaxPool2d(1)),
-    "a replaced forward": (lambda: replaced(nn.Sequential(layer(FusedPointwiseConvBNAct))), None),
-    "one of the last layer's": (lambda: nn.Sequential(replaced(layer(FusedPointwiseConvBNAct))), None),
-    "one of the pool's": (lambda: nn.Sequential(layer(FusedPointwiseConvBNAct)), replaced(nn.AdaptiveAvgPool2d(1))),
+    "no layer at the end": (lambda: FusedSequential(layer(FusedPointwiseConvBNAct), nn.Dropout(0.0)), None),
+    "nothing": (FusedSequential, None),
+    "a larger pool": (lambda: FusedSequential(layer(FusedPointwiseConvBNAct)), nn.AdaptiveAvgPool2d(2)),
+    "another pool": (lambda: FusedSequential(layer(FusedPointwiseConvBNAct)), nn.AdaptiveMaxPool2d(1)),
+    "a replaced forward": (lambda: replaced(FusedSequential(layer(FusedPointwiseConvBNAct))), None),
+    "one of the last layer's": (lambda: FusedSequential(replaced(layer(FusedPointwiseConvBNAct))), None),
+    "one of the pool's": (lambda: FusedSequential(layer(FusedPointwiseConvBNAct)), replaced(nn.AdaptiveAvgPool2d(1))),
+    "a sequence that is not fused": (lambda: nn.Sequential(layer(FusedPointwiseConvBNAct)), None),
 }
 
 
@@ -162,16 +172,18 @@ OTHERS = {
 def test_what_computes_something_else_is_called(name):
     make, pool = OTHERS[name]
     features, x = make(), image()
+    model = network(features, pool)
     with mk.backend("reference"), mk.count_stages() as counts:
-        got = run_pooled(features, x, pool)
+        got = model(x)
     assert counts[POOLED] == 0
     torch.testing.assert_close(got, (pool or nn.AdaptiveAvgPool2d(1))(features(x)).flatten(1))
 
 
 @pytest.mark.parametrize("pool", [None, nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((1, 1))], ids=str)
 def test_the_mean_is_pooled_within_the_op(pool):
-    features, x = nn.Sequential(nn.ReLU(), layer(FusedPointwiseConvBNAct)), image()
+    features, x = FusedSequential(nn.ReLU(), layer(FusedPointwiseConvBNAct)), image()
+    model = network(features, pool)
     with mk.backend("reference"), mk.count_stages() as counts:
-        got = run_pooled(features, x, pool)
+        got = model(x)
     assert counts[POOLED] == 1
     torch.testing.assert_close(got, features(x).mean((2, 3)))

@@ -150,7 +150,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FLOAT32 = {
     "shift", "expand_shift", "means", "products", "gram", "out_mean",
     "bn", "y_bn", "coef", "gate", "offset", "partials", "sum_partials", "dw_partials", "moments", "gamma", "beta",
-    "sums", "running_mean", "running_var", "mean", "var",
+    "sums", "running_mean", "running_var", "mean", "var", "dgamma", "dbeta",
 }  # fmt: skip
 MAPS = {"x", "weight", "expand_weight", "y", "grad", "gx", "dy", "residual"}
 

@@ -16,7 +16,7 @@ GATES = {"hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid}
 def batch_norm(x, bn):
     """``nn.BatchNorm2d.forward`` over a :class:`~mnet_kernels.params.BatchNormParams`."""
     momentum = bn.momentum
-    if bn.updates and bn.num_batches_tracked is not None:
+    if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)

@@ -44,6 +44,7 @@ examples:
   python -m mnet_kernels.bench block --only 56x56
   python -m mnet_kernels.bench block --backend cpu --batch 16 --threads 1 --direction train --write-modes
   python -m mnet_kernels.bench model --backend cpu --batch 16 --resolution 224
+  python -m mnet_kernels.bench model --providers eager cpu/auto accelerate
   python -m mnet_kernels.bench model --eval --batch 1 16 --providers folded folded-compile cpu/auto cpu/folded
   python -m mnet_kernels.bench host --batch 1 8
   python -m mnet_kernels.bench stage --only depthwise --device cuda --batch 256 --amp bf16 --graph

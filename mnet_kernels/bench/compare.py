@@ -32,6 +32,8 @@ def key(subject, setting, direction, launch, provider):
 class _Convolutions(TorchDispatchMode):
     """Counts which of torch's implementations each convolution is given to."""
 
+    sees_stages = True
+
     def __init__(self):
         super().__init__()
         self.found = {}

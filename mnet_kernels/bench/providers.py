@@ -10,15 +10,16 @@ import mnet_kernels
 
 from .. import backends
 from ..choice import default_fused
-from ..fold import fold
-from ..nn.base import FusedModule
+from ..graph import known, swap
+from ..graph.accelerate import accelerate
+from ..graph.fold import fold
 from . import BenchError
 
 
 class Provider(NamedTuple):
     """One way of running: a backend and mode (``auto``: as users get it), a memory layout, torch.compile's mode or None
-    for eager, whether autocast is off for depthwise convolutions of stride 2, and whether batch norms are folded into
-    the convolutions before them (eval mode only)."""
+    for eager, whether autocast is off for depthwise convolutions of stride 2, whether batch norms are folded into the
+    convolutions before them (eval mode only), and whether it is the plain network after ``accelerate``."""
 
     name: str
     backend: str = "native"
@@ -27,11 +28,13 @@ class Provider(NamedTuple):
     compile: str | None = None
     float32_strided: bool = False
     folded: bool = False
+    accelerated: bool = False
 
 
 BASELINE = "eager"
 AUTO = "auto"  # the mode of each block left to automatic choice
 FOLDED = "cpu/folded"  # fold(model, fused=True)
+ACCELERATE = "accelerate"  # the plain network after accelerate(model), on the backend that users get
 NATIVE = {
     p.name: p
     for p in (
@@ -89,8 +92,8 @@ def automatic(device):
 
 
 def parse(names, device):
-    """Providers by name: one of :data:`NATIVE`, :data:`FOLDED`, ``BACKEND`` (each of its modes) or ``BACKEND/MODE`` (or
-    auto)."""
+    """Providers by name: one of :data:`NATIVE`, :data:`FOLDED`, :data:`ACCELERATE`, ``BACKEND`` (each of its modes) or
+    ``BACKEND/MODE`` (or auto)."""
     found = []
     for name in names:
         backend, _, mode = name.partition("/")
@@ -101,22 +104,23 @@ def parse(names, device):
         elif name == FOLDED:
             fused("cpu", device)  # or it says why not
             found.append(Provider(name, "cpu", folded=True))
+        elif name == ACCELERATE:
+            (provider,) = fused(default_fused(device), device, AUTO)  # or it says why not
+            found.append(provider._replace(name=name, accelerated=True))
         elif backend in backends.NAMES and backend != "native" and mode in ("", AUTO, *backends.MODE_STAGES):
             found += fused(backend, device, mode or None)
         else:
             modes = " or /".join((*backends.MODE_STAGES, AUTO))
             raise BenchError(
-                f"unknown provider {name!r}: expected one of {', '.join(NATIVE)}, {FOLDED}, or a fused backend "
-                f"({', '.join(n for n in backends.NAMES if n != 'native')}), alone or with its mode (/{modes})"
+                f"unknown provider {name!r}: expected one of {', '.join(NATIVE)}, {FOLDED}, {ACCELERATE}, or a fused "
+                f"backend ({', '.join(n for n in backends.NAMES if n != 'native')}), alone or with its mode (/{modes})"
             )
     return found
 
 
 def plain(module):
-    """Make every fused module in ``module`` call its children one by one: exactly torchvision's network, in torch."""
-    for m in module.modules():
-        if isinstance(m, FusedModule):
-            m.forward = m.run_native
+    """Make every fused module in ``module`` what it is in plain torch: exactly torchvision's network."""
+    swap.unswap_all(module)
     return module
 
 
@@ -146,14 +150,16 @@ def fit(module, provider, device, training=True):
     module = (_folded(module, provider) if provider.folded else copy.deepcopy(module)).to(device).train(training)
     if provider.channels_last:
         module = module.to(memory_format=torch.channels_last)
-    if provider.backend == "native":
+    if provider.accelerated:
+        accelerate(plain(module), backend=provider.backend, mode=provider.mode)
+    elif provider.backend == "native":
         plain(module)
         if provider.float32_strided:
             strided_in_float32(module)
-    else:
+    elif not provider.folded:
         for m in module.modules():
-            if isinstance(m, FusedModule):
-                m.backend, m.mode = provider.backend, provider.mode
+            if known.is_fused(m):
+                swap.pin(m, provider.backend, provider.mode)
     return compiled(module, provider)
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..graph import known
 from ..models import MODELS
-from ..nn.base import FusedModule
+from ..nn import FusedSequential
 from ..training.config import build_model
 from . import BenchError, providers
 from .subjects import CLASSES, Block, Model
@@ -67,17 +68,18 @@ def record(module, shape):
 
 def _outermost(module, prefix=""):
     for name, child in module.named_children():
-        if isinstance(child, FusedModule):
+        if known.is_fused(child) and not isinstance(child, FusedSequential):
             yield f"{prefix}{name}", child
         else:
             yield from _outermost(child, f"{prefix}{name}.")
 
 
 def _input_shapes(model):
-    """Input shape [C, H, W] of every outermost fused module, by path."""
-    shapes = {}
-    twin = providers.plain(copy.deepcopy(model.module).to("meta"))
-    for path, module in _outermost(twin):
+    """Input shape [C, H, W] of every block, by path."""
+    shapes, twin = {}, copy.deepcopy(model.module).to("meta")
+    blocks = list(_outermost(twin))
+    providers.plain(twin)
+    for path, module in blocks:
 
         def note(_, args, path=path):
             shapes[path] = tuple(args[0].shape[1:])

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..choice import backend, choose, least_positions
-from ..nn.base import FusedModule
+from ..graph import known, swap
 
 # scheme -> backend and mode that run it (no mode: each module's own)
 TRACED = {
@@ -73,6 +73,8 @@ def _kind(module):
 class _Recorder(TorchDispatchMode):
     """Writes down every op with the layer it belongs to: the one whose weight was used last in the forward pass, and
     the one whose weight is used next in the backward pass."""
+
+    sees_stages = True
 
     def __init__(self, weights):
         super().__init__()
@@ -163,11 +165,12 @@ def _mix_modes(twin, input_shape, dtype):
     least = least_positions("cpu", dtype)
     shapes = {layer.name: layer.in_shape for layer in layers(twin, input_shape)}
     for path, module in twin.named_modules():
-        if isinstance(module, FusedModule):
+        if known.is_fused(module):
             prefix = f"{path}." if path else ""
             first = next((shape for name, shape in shapes.items() if name.startswith(prefix)), None)
             if first is not None:
-                module.mode = "algebraic" if math.prod(first[1:]) >= least else "chain"
+                mode = "algebraic" if math.prod(first[1:]) >= least else "chain"
+                swap.pin(module, known.pins(module)[0], mode)
 
 
 def trace(model, input_shape, batch, dtype, scheme, training=True):

@@ -4,7 +4,8 @@ import math
 
 from torch import nn
 
-from ..nn import FusedSeparable, FusedSeparableSequence, fusable
+from ..graph.swap import fuses
+from ..nn import FusedSeparable, FusedSequential
 from .common import make_divisible
 from .weights import load_weights
 
@@ -19,7 +20,17 @@ SEPARABLE_SETTING = (
 )
 
 
-class FusedMobileNetV1(nn.Module):
+class MobileNetV1(nn.Module):
+    """Stem, blocks, their mean over H and W, a classifier."""
+
+    def forward(self, x):
+        x = self.blocks(self.act1(self.bn1(self.conv_stem(x))))
+        x = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+        return self.classifier(self.dropout(x))
+
+
+@fuses(MobileNetV1)
+class FusedMobileNetV1(MobileNetV1):
     """MobileNetV1 of fused blocks: depthwise, batch norm, ReLU6, pointwise, batch norm, ReLU6.
 
     Input [N, 3, H, W], output [N, num_classes]; any H and W from 32 up are sensible.  Fused, the last batch norm
@@ -68,26 +79,12 @@ class FusedMobileNetV1(nn.Module):
                 stride = s if i == 0 else 1
                 blocks.append(FusedSeparable(channels, out, stride, norm_layer=norm_layer, backend=backend, mode=mode))
                 channels = out
-            stages.append(FusedSeparableSequence(*blocks))
-        self.blocks = FusedSeparableSequence(*stages)
+            stages.append(FusedSequential(*blocks))
+        self.blocks = FusedSequential(*stages)
         self.dropout = nn.Dropout(p=dropout)
         self.classifier = nn.Linear(channels, num_classes)
+        self.backend, self.mode = backend, mode
         _initialise(self)
-
-    def forward(self, x):
-        stem = self.conv_stem, self.bn1, self.act1
-        if self._joins_stem(x, stem):
-            x = self.blocks(x, fusable.layer(*stem, "dense"))
-        else:
-            x = self.blocks(self.act1(self.bn1(self.conv_stem(x))))
-        x = nn.functional.adaptive_avg_pool2d(x, (1, 1)).flatten(1)
-        return self.classifier(self.dropout(x))
-
-    def _joins_stem(self, x, stem):
-        """Whether the first block may read the stem's raw output."""
-        if fusable.is_traced(x) or fusable.global_hooks() or type(self.blocks) is not FusedSeparableSequence:
-            return False
-        return self.blocks.takes_stem() and not fusable.conv_bn_act(*stem, "dense", "stem")
 
 
 def _initialise(model):

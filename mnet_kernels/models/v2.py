@@ -4,7 +4,8 @@ from functools import partial
 
 from torch import nn
 
-from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct, FusedStemConvBNAct, run_pooled
+from ..graph.swap import fuses
+from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct, FusedSequential, FusedStemConvBNAct
 from .common import initialise, make_divisible
 from .weights import load_weights
 
@@ -20,7 +21,16 @@ INVERTED_RESIDUAL_SETTING = (
 )
 
 
-class FusedMobileNetV2(nn.Module):
+class MobileNetV2(nn.Module):
+    """Features, their mean over H and W, a classifier."""
+
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool2d(self.features(x), 1)
+        return self.classifier(x.flatten(1))
+
+
+@fuses(MobileNetV2)
+class FusedMobileNetV2(MobileNetV2):
     """MobileNetV2 of fused blocks: torchvision's arguments, initialisation and state_dict keys.
 
     Input [N, 3, H, W], output [N, num_classes]; any H and W from 32 up are sensible.
@@ -72,12 +82,10 @@ class FusedMobileNetV2(nn.Module):
                 features.append(block(channels, out, s if i == 0 else 1, expand_ratio=t, norm_layer=norm_layer))
                 channels = out
         features.append(FusedPointwiseConvBNAct(channels, self.last_channel, norm_layer, backend=backend, mode=mode))
-        self.features = nn.Sequential(*features)
+        self.features = FusedSequential(*features)
+        self.backend, self.mode = backend, mode
         self.classifier = nn.Sequential(nn.Dropout(p=dropout), nn.Linear(self.last_channel, num_classes))
         initialise(self)
-
-    def forward(self, x):
-        return self.classifier(run_pooled(self.features, x))
 
 
 def fused_mobilenet_v2(*, weights=None, progress=True, **kwargs):

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct, FusedStemConvBNAct, run_pooled
+from ..graph.swap import fuses
+from ..nn import FusedInvertedResidual, FusedPointwiseConvBNAct, FusedSequential, FusedStemConvBNAct
 from .common import initialise, make_divisible
 from .weights import load_weights
 
@@ -129,7 +130,16 @@ def inverted_residual(config, norm_layer, *, backend=None, mode=None):
     )
 
 
-class FusedMobileNetV3(nn.Module):
+class MobileNetV3(nn.Module):
+    """Features, their mean over H and W by ``avgpool``, a classifier."""
+
+    def forward(self, x):
+        x = self.avgpool(self.features(x))
+        return self.classifier(x.flatten(1))
+
+
+@fuses(MobileNetV3)
+class FusedMobileNetV3(MobileNetV3):
     """MobileNetV3 of fused blocks: torchvision's arguments, initialisation and state_dict keys.
 
     Input [N, 3, H, W], output [N, num_classes]; any H and W from 32 up are sensible.  :func:`fused_mobilenet_v3_large`
@@ -188,7 +198,8 @@ class FusedMobileNetV3(nn.Module):
         channels = setting[-1].out_channels
         out = last_conv_channels or 6 * channels
         features.append(FusedPointwiseConvBNAct(channels, out, norm_layer, nn.Hardswish, backend=backend, mode=mode))
-        self.features = nn.Sequential(*features)
+        self.features = FusedSequential(*features)
+        self.backend, self.mode = backend, mode
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(
             nn.Linear(out, last_channel),
@@ -197,9 +208,6 @@ class FusedMobileNetV3(nn.Module):
             nn.Linear(last_channel, num_classes),
         )
         initialise(self)
-
-    def forward(self, x):
-        return self.classifier(run_pooled(self.features, x, self.avgpool))
 
 
 def _build(arch, width_mult=1.0, width_rule="torchvision", reduced_tail=False, dilated=False, **kwargs):

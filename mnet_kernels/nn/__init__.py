@@ -6,9 +6,9 @@ from .conv_bn_act import (
     FusedPointwiseConvBNActPool,
     FusedStemConvBNAct,
 )
-from .head import run_pooled
 from .inverted_residual import FusedInvertedResidual
-from .separable import FusedSeparable, FusedSeparableSequence
+from .separable import FusedSeparable
+from .sequential import FusedSequential
 from .squeeze_excite import SqueezeExcite
 
 __all__ = [
@@ -17,8 +17,7 @@ __all__ = [
     "FusedPointwiseConvBNAct",
     "FusedPointwiseConvBNActPool",
     "FusedSeparable",
-    "FusedSeparableSequence",
+    "FusedSequential",
     "FusedStemConvBNAct",
     "SqueezeExcite",
-    "run_pooled",
 ]

@@ -2,17 +2,23 @@
 
 from torch import nn
 
-from .. import functional
-from ..params import InvertedResidualParams
-from . import fusable
-from .base import FusedModule
-from .conv_bn_act import FusedConvBNAct, FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct, FusedStemConvBNAct
+from ..graph.swap import fuses
+from .conv_bn_act import FusedDepthwiseConvBNAct, FusedPointwiseConvBNAct
 from .squeeze_excite import SqueezeExcite
 
 _BODIES = {"v2": "conv", "v3": "block"}  # layout -> name of the child that holds the layers
 
 
-class FusedInvertedResidual(FusedModule, nn.Module):
+class InvertedResidual(nn.Module):
+    """Runs its body, ``conv`` (layout "v2") or ``block`` (layout "v3"), and adds x where ``use_res_connect``."""
+
+    def forward(self, x):
+        out = self.conv(x) if hasattr(self, "conv") else self.block(x)
+        return x + out if self.use_res_connect else out
+
+
+@fuses(InvertedResidual)
+class FusedInvertedResidual(InvertedResidual):
     """BN(project([SE] act(BN(depthwise(act(BN(expand(x)))))))) [+ x], [N, inp, H, W] -> [N, oup, H', W'].
 
     The state_dict keys are torchvision's.  Layout "v2": ``conv`` holds [expand,] depthwise, [squeeze-excite,] project,
@@ -73,117 +79,8 @@ class FusedInvertedResidual(FusedModule, nn.Module):
             layers += [nn.Conv2d(hidden, oup, 1, bias=False), norm_layer(oup)]
         else:
             layers.append(FusedPointwiseConvBNAct(hidden, oup, norm_layer, None))
-        self._set(_BODIES[layout], nn.Sequential(*layers), stride, stride == 1 and inp == oup, oup, backend, mode)
-
-    def _set(self, body, layers, stride, use_res_connect, out_channels, backend, mode):
-        self._body = body
-        self.add_module(body, layers)
-        self.stride = stride
-        self.use_res_connect = use_res_connect
-        self.out_channels = out_channels
+        self.add_module(_BODIES[layout], nn.Sequential(*layers))
+        self.stride, self.out_channels = stride, oup
+        self.use_res_connect = stride == 1 and inp == oup
         self._is_cn = stride > 1  # torchvision's mark of the blocks before which the resolution changes
         self.backend, self.mode = backend, mode
-
-    def _roles(self):
-        """(expand container or None, depthwise container, squeeze-excite or None, project, batch norm)."""
-        children = list(self._modules[self._body]._modules.values())
-        if children and isinstance(children[-1], nn.Sequential):
-            children[-1:] = children[-1]._modules.values()
-        expand = children.pop(0) if len(children) > 1 and isinstance(children[1], nn.Sequential) else None
-        se = children.pop(1) if len(children) == 4 else None
-        return (expand, children[0], se, *children[1:]) if len(children) == 3 else None
-
-    def why_native(self):
-        body = self._modules[self._body]
-        why = fusable.container(body, self._body, nn.Sequential.forward)
-        if not why and len(body) and isinstance(body[-1], nn.Sequential):
-            why = fusable.container(body[-1], "project", FusedConvBNAct.forward)
-        if why:
-            return why
-        roles = self._roles()
-        if roles is None:
-            return "its children are not [expand,] depthwise, [squeeze-excite,] project, batch norm"
-        expand, depthwise, se, project, bn = roles
-        for child, kind, name in ((expand, "pointwise", "expand"), (depthwise, "depthwise", "depthwise")):
-            if child is None:
-                continue
-            why = fusable.container(child, name, FusedConvBNAct.forward)
-            if not why and len(child) not in (2, 3):
-                why = f"{name} has {len(child)} children instead of convolution, batch norm, activation"
-            why = why or fusable.conv_bn_act(*_parts(child), kind, name)
-            if why:
-                return why
-        if expand is not None and _activation(expand) != _activation(depthwise):
-            return "its two activations differ"
-        if se is not None:
-            why = fusable.squeeze_excite(se)
-        return why or fusable.conv_bn_act(project, bn, None, "pointwise", "project")
-
-    def run_native(self, x):
-        out = self._modules[self._body](x)
-        return x + out if self.use_res_connect else out
-
-    def params(self):
-        """The block's parameters, for the functional API."""
-        expand, depthwise, se, project, bn = self._roles()
-        layers = () if expand is None else (fusable.layer(*_parts(expand), "pointwise"),)
-        layers += (fusable.layer(*_parts(depthwise), "depthwise"), fusable.layer(project, bn, None, "pointwise"))
-        excite = None if se is None else fusable.squeeze_excite_params(se)
-        return InvertedResidualParams(layers, self.use_res_connect, excite)
-
-    def run_fused(self, x):
-        return _run_sequence([self], x)
-
-
-def run_blocks(modules, x):
-    """Call modules one after another, neighbouring :class:`FusedInvertedResidual` blocks as one op.
-
-    So a block in algebraic mode has the statistics of its input from the block that wrote it, and a block without an
-    expand layer reads the raw output of the stem before it.  A block that may not be fused or that somebody may want to
-    see (hooks, a replaced forward, compiled by itself) is called as it is; what it gives, and whatever was done to it,
-    has its statistics gathered anew.
-    """
-    run, stem = [], None
-    for block, follower in zip(modules, (*modules[1:], None), strict=True):
-        joins = _joins(block)
-        if run and not (joins and (block.backend, block.mode) == (run[0].backend, run[0].mode)):
-            x, run, stem = _run_sequence(run, x, stem), [], None
-        if joins:
-            run.append(block)
-        elif _gives_raw(block, follower):
-            stem = block
-        else:
-            x = block(x)
-    return _run_sequence(run, x, stem) if run else x
-
-
-def _joins(block):
-    return type(block) is FusedInvertedResidual and _is_unseen(block)
-
-
-def _is_unseen(module):
-    return module._compiled_call_impl is None and not (fusable.untouched(module, "") or module.why_native())
-
-
-def _gives_raw(stem, block):
-    """Whether the block after a stem may read its raw output."""
-    if type(stem) is not FusedStemConvBNAct or not _is_unseen(stem) or not _joins(block):
-        return False
-    reads_raw = block._roles()[0] is None and not block.use_res_connect
-    return reads_raw and (stem.backend, stem.mode) == (block.backend, block.mode)
-
-
-def _run_sequence(blocks, x, stem=None):
-    params = [block.params() for block in blocks]
-    layer = None if stem is None else stem.layer()
-    return functional.inverted_residual_sequence(x, params, stem=layer, backend=blocks[0].backend, mode=blocks[0].mode)
-
-
-def _parts(child):
-    parts = tuple(child._modules.values())
-    return parts if len(parts) == 3 else (*parts, None)
-
-
-def _activation(child):
-    act = _parts(child)[2]
-    return None if act is None else type(act)

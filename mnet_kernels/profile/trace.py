@@ -8,7 +8,7 @@ import torch
 from torch.profiler import record_function
 
 from ..bench import timing
-from ..nn.base import FusedModule
+from ..graph import known
 from ..stages import wrapped
 from ..training.checkpoint import write_atomic
 from .steps import profiled
@@ -50,7 +50,7 @@ def layer_ranges(on_card=False):
     stack = []
 
     def before(module, args):
-        if next(module.children(), None) is None or isinstance(module, FusedModule):
+        if next(module.children(), None) is None or known.is_fused(module):
             shape = next(("x".join(map(str, a.shape)) for a in args if _is_map(a)), "")
             entered = _range(f"layer {type(module).__name__} {shape}".rstrip(), on_card)
             entered.__enter__()
