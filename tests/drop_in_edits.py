@@ -276,8 +276,12 @@ def _conv_forward(module, *args):
 
 @edit
 def replace_forward(p, d):
-    """An object's own forward: around its class's, or around the method it had; of a block or a layer."""
-    name = d.pick(p.names(lambda m: True))
+    """An object's own forward: around its class's, or around the method it had; of a block or a layer.
+
+    Not of a class whose forward is patched just now: the method that a plain object had would keep the patch when it is
+    taken away again, while the one of an accelerated object calls whatever forward its class has.
+    """
+    name = d.pick(p.names(lambda m: not isinstance(m, tuple(p.patched))))
     how = d.pick([_twice, _half])
 
     def change(model):
