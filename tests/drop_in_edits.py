@@ -322,6 +322,8 @@ def patch_class(p, d):
     if cls in p.patched:
         p.unpatch(cls)
         return f"{cls.__name__}.forward put back"
+    if any(isinstance(m, cls) and "forward" in vars(m) for m in p.plain.modules()):
+        return None  # as above, of a method that was kept before
     original = cls.forward
     p.patched[cls] = vars(cls).get("forward")
     cls.forward = lambda self, *args: _patched(original, self, *args)

@@ -176,6 +176,14 @@ def is_fused_class(cls):
 is_fused_class._dynamo_marked_constant = True  # of the class alone
 
 
+def runs_fused(cls):
+    """Whether a class is a fused one, or made from one."""
+    return is_fused_class(cls) or swapped_base(cls) is not None
+
+
+runs_fused._dynamo_marked_constant = True
+
+
 def plain_class(cls):
     """The class whose forward a class runs: its own, or that of the class which the fused one in it stands for."""
     base = swapped_base(cls)
